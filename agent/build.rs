@@ -1,6 +1,7 @@
 //! Puts the BPF object where the binary includes it from: the file that `SLUICE_BPF_OBJECT` names,
 //! else `target/bpf/sluice.o` of the workspace, else an empty file (which the binary complains
-//! about when it runs). Tells the binary the commit too: what `SLUICE_REVISION` says, else git.
+//! about when it runs). Tells the binary the commit and its date too: what `SLUICE_REVISION` and
+//! `SLUICE_DATE` say, else git; and what it is built for.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,6 +12,8 @@ fn main() -> io::Result<()> {
     let variable = |name| env::var_os(name).map(PathBuf::from);
     let manifest = variable("CARGO_MANIFEST_DIR").unwrap_or_default();
     println!("cargo::rustc-env=SLUICE_REVISION={}", revision(&manifest));
+    println!("cargo::rustc-env=SLUICE_DATE={}", date(&manifest));
+    println!("cargo::rustc-env=SLUICE_TARGET={}", env::var("TARGET").unwrap_or_default());
     let object =
         variable("SLUICE_BPF_OBJECT").unwrap_or_else(|| manifest.join("../target/bpf/sluice.o"));
     println!("cargo::rerun-if-changed={}", object.display());
@@ -34,16 +37,25 @@ fn revision(folder: &Path) -> String {
     if let Ok(revision) = env::var("SLUICE_REVISION") {
         return revision;
     }
-    let git = |words: &[&str]| {
-        let output = Command::new("git").arg("-C").arg(folder).args(words).output().ok()?;
-        let text = String::from_utf8(output.stdout).ok()?;
-        output.status.success().then(|| text.trim().to_owned())
-    };
-    if let Some(log) = git(&["rev-parse", "--git-path", "logs/HEAD"]) {
+    if let Some(log) = git(folder, &["rev-parse", "--git-path", "logs/HEAD"]) {
         let log = folder.join(log);
         if log.exists() {
             println!("cargo::rerun-if-changed={}", log.display());
         }
     }
-    git(&["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "unknown".to_owned())
+    git(folder, &["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "unknown".to_owned())
+}
+
+/// Says when the commit was made.
+fn date(folder: &Path) -> String {
+    println!("cargo::rerun-if-env-changed=SLUICE_DATE");
+    let given = env::var("SLUICE_DATE").ok();
+    let date = given.or_else(|| git(folder, &["log", "-1", "--format=%cI"]));
+    date.unwrap_or_else(|| "unknown".to_owned())
+}
+
+fn git(folder: &Path, words: &[&str]) -> Option<String> {
+    let output = Command::new("git").arg("-C").arg(folder).args(words).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    output.status.success().then(|| text.trim().to_owned())
 }

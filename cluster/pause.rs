@@ -1,4 +1,4 @@
-//! What every pod's sandbox runs: it holds the namespaces until it is told to end. One static
+//! The program of every pod's sandbox: it holds the namespaces until it is terminated. One static
 //! program, alone in its image.
 
 unsafe extern "C" {

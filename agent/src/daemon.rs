@@ -3,6 +3,7 @@
 
 pub mod agent;
 pub mod attacher;
+pub(crate) mod audit;
 mod failures;
 pub mod health;
 mod http;

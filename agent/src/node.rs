@@ -5,6 +5,7 @@ pub(crate) mod backoff;
 pub mod conntrack;
 pub mod dataplane;
 pub mod devices;
+pub mod difference;
 pub(crate) mod folder;
 pub mod fragments;
 pub(crate) mod host;

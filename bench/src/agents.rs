@@ -20,12 +20,12 @@ pub(crate) const FAR: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 81);
 pub(crate) const PORT: u16 = 80;
 /// The node ports of both.
 pub(crate) const NODE_PORTS: [u16; 2] = [30080, 30081];
-/// Where the endpoints listen.
+/// The port of the endpoints.
 pub(crate) const TARGET: u16 = 8080;
 
 /// A node with an agent, a pod of it and a server there.
 pub(crate) struct Subject {
-    /// How it is called in tables.
+    /// Its name in tables.
     pub(crate) name: String,
     pub(crate) node: Node,
     pub(crate) near: Pod,
@@ -36,7 +36,7 @@ pub(crate) struct Subject {
 }
 
 impl Subject {
-    /// A program of the agent's, by its name.
+    /// Returns a program of the agent's, by its name.
     pub(crate) fn program(&self, name: &str) -> Result<ProgramFd> {
         // The kernel keeps fifteen bytes of a name.
         let short = &name[..name.len().min(15)];

@@ -1,4 +1,4 @@
-//! How many connections a second a node port takes, one after the other.
+//! Measures how many connections a second a node port takes, one after the other.
 
 use std::io::Read as _;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -11,11 +11,11 @@ use crate::Options;
 use crate::agents::{Bench, NODE_PORTS};
 use crate::report::{self, Row, Unit};
 
-/// How often every node port is measured.
+/// Number of measurements of every node port.
 const ROUNDS: usize = 9;
 /// Connections of one measurement.
 const CONNECTIONS: u32 = 2000;
-/// What a connection may take at most.
+/// The longest time that a connection may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Opens connections one after the other and resets each when the endpoint has greeted, so that

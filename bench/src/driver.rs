@@ -13,7 +13,7 @@ const SKB: (usize, usize) = (192, 40);
 /// No port changes.
 const NOWHERE: u32 = u32::MAX;
 
-/// How a program is called.
+/// The kind of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Tc,
@@ -66,7 +66,7 @@ impl Driver {
         Ok(Self { ebpf })
     }
 
-    /// The program that does nothing.
+    /// Returns the program that does nothing.
     pub(crate) fn nothing(&mut self, kind: Kind) -> Result<ProgramFd> {
         let (_, _, nothing) = kind.of();
         Ok(match kind {

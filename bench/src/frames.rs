@@ -16,7 +16,7 @@ pub(crate) enum Segment {
 /// An end of a connection.
 pub(crate) type End = (Ipv4Addr, u16);
 
-/// A frame for a device, long enough for the driver.
+/// Returns a frame for a device, long enough for the driver.
 pub(crate) fn frame(
     to: [u8; 6],
     source: End,
@@ -39,7 +39,7 @@ pub(crate) fn frame(
     Ok(bytes)
 }
 
-/// Both ends of the segment in a frame.
+/// Returns source and destination of the segment in a frame.
 pub(crate) fn ends(frame: &[u8]) -> Result<(End, End)> {
     let packet =
         etherparse::SlicedPacket::from_ethernet(frame).context("a program made no packet")?;

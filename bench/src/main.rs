@@ -25,13 +25,13 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// What a packet costs at every hook, in nanoseconds.
+    /// Measure the cost of a packet at every hook, in nanoseconds
     Path(Options),
-    /// How many connections a second a node port takes.
+    /// Measure how many connections a second a node port takes
     Connect(Options),
 }
 
-/// What is measured beside `$SLUICE_BIN`.
+/// The subjects that are measured in addition to `$SLUICE_BIN`.
 #[derive(Args)]
 struct Options {
     /// Another `sluice`, of another version, to be measured in the same run.

@@ -1,4 +1,4 @@
-//! What a packet costs at every hook it meets.
+//! Measures the cost of a packet at every hook that it passes.
 
 use std::net::Ipv4Addr;
 
@@ -13,7 +13,7 @@ use crate::driver::{Driver, Kind, Packets};
 use crate::frames::{End, Segment, ends, frame};
 use crate::report::{self, Row, Unit};
 
-/// How often everything is measured.
+/// Number of repetitions of every measurement.
 const ROUNDS: usize = 7;
 /// Packets of one measurement of known flows and strangers.
 const REPEAT: u32 = 200_000;
@@ -51,7 +51,7 @@ impl Device {
         Ok(Self { index: link.ifindex, mac })
     }
 
-    /// The device by which a node reaches an address.
+    /// Returns the device by which a node reaches an address.
     fn towards(subject: &Subject, address: Ipv4Addr) -> Result<Self> {
         #[derive(Deserialize)]
         struct Route {
@@ -187,7 +187,7 @@ impl Way {
         Ok(to)
     }
 
-    /// The packets of some flows at each hook.
+    /// Returns the packets of some flows at each hook.
     fn packets(&self, seen: &[Vec<(End, End)>], segment: Segment) -> Result<Vec<Packets>> {
         let first = seen.first().context("no flow")?;
         self.hops
@@ -231,11 +231,11 @@ fn time(driver: &mut Driver, hop: &Hop, packets: &Packets, repeat: u32) -> Resul
     Ok(mean(&hop.program)? - own)
 }
 
-/// What is measured of one agent.
+/// The prepared measurements of one agent.
 struct Prepared {
     near: (Way, Vec<Packets>),
     far: (Way, Vec<Packets>),
-    /// What belongs to no connection.
+    /// Packets that belong to no connection.
     others: Vec<(Hop, Packets)>,
 }
 

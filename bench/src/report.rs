@@ -7,8 +7,8 @@ use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
-/// What a figure is, and which of several samples is the truest: whatever disturbs a measurement
-/// makes a time longer and a rate lower.
+/// The unit of a figure, which decides which of several samples is the truest: whatever disturbs a
+/// measurement makes a time longer and a rate lower.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Unit {
     /// Nanoseconds.
@@ -29,7 +29,7 @@ impl Unit {
 /// One figure of every agent.
 #[derive(Serialize)]
 pub(crate) struct Row {
-    /// What was measured.
+    /// The subject of the measurement.
     what: String,
     /// The best sample of each agent, in the agents' order.
     best: Vec<f64>,
@@ -50,7 +50,7 @@ impl Row {
         Self { what: what.into(), best, median }
     }
 
-    /// The first agent's figure as a multiple of the second's.
+    /// Returns the first agent's figure as a multiple of the second's.
     fn ratio(&self) -> Option<f64> {
         match self.best[..] {
             [this, other] => Some(this / other),

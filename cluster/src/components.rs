@@ -262,7 +262,7 @@ pub fn prometheus(cache: &Cache) -> Result<PathBuf> {
     Ok(place.join("usr/bin"))
 }
 
-/// Whether a Debian version belongs to an upstream release.
+/// Reports whether a Debian version belongs to an upstream release.
 fn is_of(version: &str, release: &str) -> bool {
     version
         .strip_prefix(release)

@@ -74,7 +74,7 @@ pub const CLUSTER: &[Tool] = &[
 /// The Debian compiler with a core library for BPF.
 pub const BPF_RUSTC: &[&str] = &["rustc-web", "libstd-rust-web-dev-bpf"];
 
-/// Whether this process may do everything a node agent does.
+/// Reports whether this process may do everything a node agent does.
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
@@ -95,12 +95,12 @@ pub fn ensure_tools<'a>(tools: impl IntoIterator<Item = &'a Tool>) -> Result<()>
     install(&missing.into_iter().collect::<Vec<_>>())
 }
 
-/// Whether all of these tools are installed.
+/// Reports whether all of these tools are installed.
 pub fn has_tools(tools: &[Tool]) -> bool {
     tools.iter().all(|tool| find_program(tool.command).is_some())
 }
 
-/// Whether [`install`] can work at all here.
+/// Reports whether [`install`] can work at all here.
 pub fn can_install() -> bool {
     is_root() && find_program("apt-get").is_some()
 }

@@ -7,6 +7,7 @@
 pub mod act;
 pub mod adapter;
 pub mod count;
+pub mod layouts;
 pub mod limit;
 pub mod open;
 pub mod record;

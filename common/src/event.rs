@@ -37,7 +37,7 @@ macro_rules! bytes {
 }
 
 bytes! {
-    /// What happened.
+    /// The kind of the event.
     Kind {
         /// A flow's first packet, or one that made a lost entry again.
         Opened = 1, "opened";
@@ -53,7 +53,7 @@ bytes! {
 }
 
 bytes! {
-    /// Where it happened.
+    /// The hook of the event.
     At {
         /// tc ingress.
         Ingress = 0, "ingress";
@@ -80,7 +80,7 @@ impl From<Hook> for At {
 }
 
 bytes! {
-    /// What became of it.
+    /// The fate of the packet.
     Fate {
         /// Left as it was.
         Passed = 0, "passed";

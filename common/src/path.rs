@@ -310,55 +310,26 @@ fn decide_known<F: Family, T: Tables<F>>(
     tables: &T,
     decision: &mut Decision<F>,
 ) {
-    let key = &headers.tuple;
-    let is_egress = hook.is_egress();
     decision.facts = classify(hook, headers, tables);
     // Read back from memory behind the black box, the bits are unknown to the verifier: it goes on
     // once, not once for each way to them.
     let facts = core::hint::black_box(&*decision).facts;
-    let to_address = facts.to_address();
-    let to_frontend = facts.to_frontend();
-    let mut is_far = facts.is_far();
-    let mut known = facts.may_be_known();
-    let to_backend = facts.to_backend();
-    if !known && !to_backend {
-        if is_egress && is_unassigned(headers, tables) {
-            decision.set(Verdict::Drop, Reason::UnassignedAddress);
-        }
+    if !facts.may_be_known() && !facts.to_backend() {
+        let _ = drop_unassigned(hook, headers, tables, decision);
         return;
     }
-    match headers.kind {
-        Kind::Transport | Kind::IcmpError => {}
-        Kind::Fragment if known && fragment::is_transport(key.protocol) => {
-            fragment::follow_first(hook, headers, tables, decision);
-            return;
-        }
-        Kind::Fragment | Kind::Truncated | Kind::Malformed | Kind::Other => {
-            if to_address {
-                decision.reason = unreadable(headers.kind);
-            }
-            return;
-        }
-    }
-    if headers.fragment == Fragment::First && known {
-        decision.is_first_fragment = true;
-        if !can_follow(headers, &decision.flow) {
-            if to_address {
-                decision.reason = Reason::Fragment;
-            }
-            return;
-        }
-    }
-    if !is_egress
-        && is_bare_reset(headers)
-        && is_unknown_connection(headers, to_backend, tables, decision)
+    if !is_readable(hook, headers, facts, tables, decision)
+        || !hook.is_egress()
+            && is_bare_reset(headers)
+            && is_unknown_connection(headers, facts.to_backend(), tables, decision)
     {
         return;
     }
     let mut found = None;
+    let (mut known, mut is_far) = (facts.may_be_known(), facts.is_far());
     if is_far {
         let from_node = facts.from_node();
-        let before = flags_of_reply(key, tables);
+        let before = flags_of_reply(&headers.tuple, tables);
         if before == flow::REPLY && !from_node {
             return;
         }
@@ -369,15 +340,11 @@ fn decide_known<F: Family, T: Tables<F>>(
             known = facts.from_backend();
         }
         if before & flow::MASQUERADED != 0 || from_node {
-            decision.key.side = side::FAR;
-            found = entry_of_packet(&decision.key, tables);
-            if found.is_none() {
-                decision.key.side = side::NEAR;
-            }
+            found = entry_of_far_side(tables, decision);
         }
     }
     if found.is_none() && (known || tables.marks() & mark::DIRECT != 0) {
-        found = entry_of_packet(key, tables);
+        found = entry_of_packet(&headers.tuple, tables);
     }
     if let Some((entry, is_embryonic)) = found {
         decision.facts.set_had_entry();
@@ -386,40 +353,115 @@ fn decide_known<F: Family, T: Tables<F>>(
         }
         decision.key.side = side::NEAR;
     }
-    if headers.kind == Kind::IcmpError {
+    if headers.kind == Kind::IcmpError
+        || facts.to_frontend() && is_for_frontend(headers, facts, tables, decision)
+        || is_far && opens_far_pair(headers, tables, decision)
+        || drop_unassigned(hook, headers, tables, decision)
+    {
         return;
     }
-    if to_frontend {
-        let (service_port, kind) = find(key, facts.to_node_port(), tables).unwrap_or_default();
-        if kind != 0 || to_address && select::is_cluster_ip(key, tables) {
-            if facts.to_node() && !opens(headers) && tables.is_node_address(&key.destination) {
-                // It belongs to a connection of the stack itself, or to one that netfilter knows.
-                return;
-            }
-            decision.flow.service_port = service_port;
-            if let Some(reason) = left_to_netfilter(decision.facts.had_entry(), headers, tables) {
-                decision.reason = reason;
-            } else if kind != 0 {
-                decision.kind = kind;
-                decision.step = Step::Select;
-                decision.depends_on_source = true;
-            } else {
-                reject(headers, Cause::UndefinedPort, decision);
-            }
-            return;
-        }
-    }
-    if is_far && opens_far_pair(headers, tables, decision) {
-        return;
-    }
-    // Backends are clients too, and an address stays listed for a while after its Service is gone.
-    if is_egress && is_unassigned(headers, tables) {
-        decision.set(Verdict::Drop, Reason::UnassignedAddress);
-        return;
-    }
-    if to_backend {
+    if facts.to_backend() {
         remap_direct(headers, tables, decision);
     }
+}
+
+/// Drops a packet that leaves for an address of a Service network that no Service has. Reports
+/// whether it is one. This comes after all else: backends are clients too, and an address stays
+/// listed for a while after its Service is gone.
+#[inline(always)]
+fn drop_unassigned<F: Family, T: Tables<F>>(
+    hook: Hook,
+    headers: &Headers<F>,
+    tables: &T,
+    decision: &mut Decision<F>,
+) -> bool {
+    let is_unassigned = hook.is_egress() && is_unassigned(headers, tables);
+    if is_unassigned {
+        decision.set(Verdict::Drop, Reason::UnassignedAddress);
+    }
+    is_unassigned
+}
+
+/// Reports whether a packet has all headers that the path needs. What becomes of another one is
+/// decided here.
+#[inline(always)]
+fn is_readable<F: Family, T: Tables<F>>(
+    hook: Hook,
+    headers: &Headers<F>,
+    facts: Facts,
+    tables: &T,
+    decision: &mut Decision<F>,
+) -> bool {
+    let known = facts.may_be_known();
+    match headers.kind {
+        Kind::Transport | Kind::IcmpError => {}
+        Kind::Fragment if known && fragment::is_transport(headers.tuple.protocol) => {
+            fragment::follow_first(hook, headers, tables, decision);
+            return false;
+        }
+        Kind::Fragment | Kind::Truncated | Kind::Malformed | Kind::Other => {
+            if facts.to_address() {
+                decision.reason = unreadable(headers.kind);
+            }
+            return false;
+        }
+    }
+    if headers.fragment == Fragment::First && known {
+        decision.is_first_fragment = true;
+        if !can_follow(headers, &decision.flow) {
+            if facts.to_address() {
+                decision.reason = Reason::Fragment;
+            }
+            return false;
+        }
+    }
+    true
+}
+
+/// Returns the entry that translates a packet's client, with whether it is embryonic. The
+/// decision's key becomes that of the entry.
+#[inline(always)]
+fn entry_of_far_side<'t, F: Family, T: Tables<F>>(
+    tables: &'t T,
+    decision: &mut Decision<F>,
+) -> Option<(&'t Flow<F::Address>, bool)> {
+    decision.key.side = side::FAR;
+    let found = entry_of_packet(&decision.key, tables);
+    if found.is_none() {
+        decision.key.side = side::NEAR;
+    }
+    found
+}
+
+/// Decides about a packet without an entry whose destination may be a frontend. Reports whether it
+/// is one, or a ClusterIP.
+#[inline(always)]
+fn is_for_frontend<F: Family, T: Tables<F>>(
+    headers: &Headers<F>,
+    facts: Facts,
+    tables: &T,
+    decision: &mut Decision<F>,
+) -> bool {
+    let key = &headers.tuple;
+    let (service_port, kind) = find(key, facts.to_node_port(), tables).unwrap_or_default();
+    if kind == 0 && !(facts.to_address() && select::is_cluster_ip(key, tables)) {
+        return false;
+    }
+    if facts.to_node() && !opens(headers) && tables.is_node_address(&key.destination) {
+        // It belongs to a connection of the stack itself, or to one that netfilter knows.
+        return true;
+    }
+    decision.flow.service_port = service_port;
+    if let Some(reason) = left_to_netfilter(decision.facts.had_entry(), headers, tables) {
+        decision.reason = reason;
+    } else if kind != 0 {
+        decision.kind = kind;
+        decision.step = Step::Select;
+        decision.depends_on_source = true;
+    } else {
+        reject(headers, Cause::UndefinedPort, decision);
+    }
+    true
 }
 
 /// Undoes what a packet with a foreign source must not do, where a decision [depends on the

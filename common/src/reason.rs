@@ -3,7 +3,7 @@
 /// Declares the reasons: number, word and sentence in one place.
 macro_rules! reasons {
     ($($(#[doc = $doc:literal])* $name:ident = $number:literal, $word:literal;)*) => {
-        /// Why a packet that was not simply passed was treated as it was. A reason is a counter's
+        /// The reason why a packet that was not simply passed was treated as it was: a counter's
         /// index, a metric's label and a word of the CLI.
         ///
         /// Each packet is counted once. Numbers are part of the ABI: new ones are added, old ones

@@ -1,4 +1,4 @@
-//! Which packets are events, and which events a listener's filter passes.
+//! The packets that are events, and the events that a listener's filter passes.
 
 use sluice_common::abi::{Event, Flow, Ipv4Address, Listening, Tuple};
 use sluice_common::event::{At, Fate, Kind, fate, kind, packet};

@@ -1,4 +1,4 @@
-//! What the parser finds in a packet: SCTP's chunks, and fragments of datagrams.
+//! The parser's findings in a packet: SCTP's chunks, and fragments of datagrams.
 
 #[allow(dead_code, reason = "each test uses its part of what packets are made of")]
 mod packets {

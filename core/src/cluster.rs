@@ -18,12 +18,13 @@ pub struct Cluster {
     name: Arc<str>,
     nodes: BTreeMap<SourceId, NodeSpec>,
     service_cidrs: BTreeMap<(Arc<str>, SourceId), Vec<IpNet>>,
-    /// What an earlier agent has left, until the sources have delivered everything.
+    /// The state that an earlier agent left in the maps, until the sources have delivered
+    /// everything.
     adopted: Option<Box<Adopted>>,
 }
 
-/// What an earlier agent has left. It applies until the sources have delivered everything, however
-/// long the API server is unreachable.
+/// The state that an earlier agent left in the maps. It applies until the sources have delivered
+/// everything, however long the API server is unreachable.
 #[derive(Clone, Debug, Default)]
 pub struct Adopted {
     /// The settings and networks that it wrote, if it did.

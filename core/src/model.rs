@@ -68,7 +68,7 @@ impl SliceKey {
     }
 }
 
-/// What some or all Services want now.
+/// The desired state of some or all Services.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
     /// Whether these are all Services, so that one that is missing is gone.

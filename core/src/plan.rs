@@ -54,7 +54,7 @@ pub struct Sizes {
     pub services: u32,
     /// Blocks of slots.
     pub slot_blocks: u32,
-    /// How many of the last blocks only updates may use.
+    /// The number of blocks at the end that only updates may use.
     pub reserve_blocks: u32,
     /// Source ranges of each family.
     pub source_ranges: u32,
@@ -222,7 +222,7 @@ impl Planning for V6 {
     }
 }
 
-/// What the draft frees, and must not be reused within the draft.
+/// The ids and ranges that the draft frees, which must not be reused within the draft.
 #[derive(Clone, Debug, Default)]
 struct Limbo {
     ranges: Vec<Range>,
@@ -778,7 +778,7 @@ fn rank<'a>(name: &'a ObjectName, desired: &Desired) -> (bool, Option<i64>, &'a 
     (desired.created.is_none(), desired.created, name)
 }
 
-/// Which frontends of a service port are planned.
+/// The frontends of a service port that are planned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Which {
     /// ClusterIPs, and other frontends that exist already.

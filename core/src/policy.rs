@@ -16,7 +16,7 @@ use sluice_common::abi;
 pub struct Policy {
     /// The clients whose source is replaced by the node's.
     pub masquerade: Masquerade,
-    /// How a client is known to be a local pod.
+    /// The way to detect that a client is a local pod.
     pub detect_local: DetectLocal,
     /// The networks of the cluster's pods; at most [`abi::PREFIXES`] a family.
     pub cluster_cidrs: Vec<IpNet>,
@@ -130,7 +130,7 @@ impl Masquerade {
     }
 }
 
-/// How a client is known to be a pod of this node.
+/// The way to detect that a client is a pod of this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum DetectLocal {
     /// It comes in by an edge.

@@ -99,7 +99,8 @@ impl Node {
     pub fn sluice_command(&self, args: &[&str]) -> Result<Command> {
         let program = self.program().clone();
         let mut command = self.command(program.map_or_else(sluice_path, Ok)?);
-        let _ = command.args(args).arg("--pin-path").arg(self.pin_path());
+        // Tests read whole cells.
+        let _ = command.args(args).arg("--pin-path").arg(self.pin_path()).env("COLUMNS", "500");
         Ok(command)
     }
 

@@ -102,7 +102,7 @@ struct LinkCreate {
     expected_revision: u64,
 }
 
-/// An instruction in the kernel's encoding.
+/// Returns an instruction in the kernel's encoding.
 const fn instruction(code: u8, registers: u8, offset: i16, immediate: i32) -> u64 {
     code as u64
         | (registers as u64) << 8

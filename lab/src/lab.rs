@@ -25,7 +25,7 @@ pub struct Lab {
     clients: AtomicU32,
 }
 
-/// Whether this process may build labs.
+/// Reports whether this process may build labs.
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }

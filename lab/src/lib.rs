@@ -50,6 +50,7 @@ mod node;
 mod packets;
 mod router;
 mod running;
+pub mod schema;
 mod serve;
 mod shared;
 mod skip;

@@ -280,19 +280,7 @@ impl Service {
         for extra in &self.spec {
             line(&mut text, &format!("  {extra}"));
         }
-        line(&mut text, "  ports:");
-        for port in &self.ports {
-            let node_port =
-                port.on_node.map(|port| format!(", nodePort: {port}")).unwrap_or_default();
-            let (name, protocol) = (&port.name, port.protocol.word());
-            line(
-                &mut text,
-                &format!(
-                    "  - {{name: {name}, protocol: {protocol}, port: {}, targetPort: {}{node_port}}}",
-                    port.number, port.target
-                ),
-            );
-        }
+        self.add_ports(&mut text);
         if !self.load_balancer_ips.is_empty() {
             line(&mut text, "status:\n  loadBalancer:\n    ingress:");
         }
@@ -300,6 +288,22 @@ impl Service {
             line(&mut text, &format!("    - ip: \"{ip}\""));
         }
         text
+    }
+
+    fn add_ports(&self, text: &mut String) {
+        line(text, "  ports:");
+        for port in &self.ports {
+            let node_port =
+                port.on_node.map(|port| format!(", nodePort: {port}")).unwrap_or_default();
+            let (name, protocol) = (&port.name, port.protocol.word());
+            line(
+                text,
+                &format!(
+                    "  - {{name: {name}, protocol: {protocol}, port: {}, targetPort: {}{node_port}}}",
+                    port.number, port.target
+                ),
+            );
+        }
     }
 
     fn slice_yaml(&self, ipv6: bool) -> String {

@@ -33,7 +33,7 @@ pub fn make(file: &Path) -> Result<()> {
     })
 }
 
-/// Whether a file holds a namespace.
+/// Reports whether a file holds a namespace.
 pub fn exists(file: &Path) -> bool {
     rustix::fs::statfs(file).is_ok_and(|found| found.f_type == NSFS)
 }

@@ -93,6 +93,53 @@ struct Inner {
     program: Mutex<Option<PathBuf>>,
 }
 
+/// Makes the settings of a node's namespace that its options name.
+fn set_up(namespace: &Namespace, options: &NodeOptions) -> Result<()> {
+    let rp_filter = match options.rp_filter {
+        RpFilter::Off => "0",
+        RpFilter::Strict => "1",
+        RpFilter::Loose => "2",
+    };
+    namespace.sysctls(&[
+        ("net/ipv4/conf/all/rp_filter", rp_filter),
+        ("net/ipv4/conf/default/rp_filter", rp_filter),
+    ])?;
+    bridge_netfilter(namespace, matches!(options.cni, Cni::Bridge { bridge_nf: true }))
+}
+
+/// Connects a node to the router's network, in a VLAN if one is given. Returns the name of the
+/// node's device.
+fn add_uplink(
+    namespace: &Namespace,
+    router: &Router,
+    peer: &str,
+    name: &str,
+    vlan: Option<u16>,
+) -> Result<String> {
+    let path = namespace.path().display();
+    let _ = router.ip(&format!(
+        "link add {peer} type veth peer name eth0 netns {path}\nlink set {peer} up"
+    ))?;
+    let _ = namespace.ip("link set eth0 up")?;
+    let (uplink, port) = match vlan {
+        None => ("eth0".to_owned(), peer.to_owned()),
+        Some(id) => {
+            let (uplink, port) = (format!("eth0.{id}"), format!("v-{name}"));
+            ip_feature(
+                namespace,
+                "a VLAN device",
+                &format!("link add link eth0 name {uplink} type vlan id {id}"),
+            )?;
+            let _ = router.ip(&format!(
+                "link add link {peer} name {port} type vlan id {id}\nlink set {port} up"
+            ))?;
+            (uplink, port)
+        }
+    };
+    let _ = router.ip(&format!("link set {port} master {LAN}"))?;
+    Ok(uplink)
+}
+
 impl Node {
     pub(crate) fn create(
         shared: &Arc<Shared>,
@@ -104,38 +151,8 @@ impl Node {
     ) -> Result<Self> {
         let uplink_peer = link_name(name)?;
         let namespace = Namespace::create(shared, name, &format!("{name}/host"), true)?;
-        let rp_filter = match options.rp_filter {
-            RpFilter::Off => "0",
-            RpFilter::Strict => "1",
-            RpFilter::Loose => "2",
-        };
-        namespace.sysctls(&[
-            ("net/ipv4/conf/all/rp_filter", rp_filter),
-            ("net/ipv4/conf/default/rp_filter", rp_filter),
-        ])?;
-        bridge_netfilter(&namespace, matches!(options.cni, Cni::Bridge { bridge_nf: true }))?;
-        let peer = namespace.path().display();
-        let _ = router.ip(&format!(
-            "link add {uplink_peer} type veth peer name eth0 netns {peer}\nlink set {uplink_peer} up"
-        ))?;
-        let _ = namespace.ip("link set eth0 up")?;
-        let (uplink, port) = match options.vlan {
-            None => ("eth0".to_owned(), uplink_peer.clone()),
-            Some(id) => {
-                let (uplink, port) = (format!("eth0.{id}"), format!("v-{name}"));
-                ip_feature(
-                    &namespace,
-                    "a VLAN device",
-                    &format!("link add link eth0 name {uplink} type vlan id {id}"),
-                )?;
-                let _ = router.ip(&format!(
-                    "link add link {uplink_peer} name {port} type vlan id {id}\nlink set {port} up"
-                ))?;
-                (uplink, port)
-            }
-        };
-        let _ = router.ip(&format!("link set {port} master {LAN}"))?;
-        let mtu = if overlay == Overlay::None { 1500 } else { 1450 };
+        set_up(&namespace, options)?;
+        let uplink = add_uplink(&namespace, router, &uplink_peer, name, options.vlan)?;
         let inner = Inner {
             namespace,
             router: router.clone(),
@@ -143,27 +160,13 @@ impl Node {
             cni: options.cni,
             uplink,
             uplink_peer,
-            mtu,
+            mtu: if overlay == Overlay::None { 1500 } else { 1450 },
             next_pod: AtomicU8::new(10),
             relay: Mutex::new(None),
             program: Mutex::new(None),
         };
         let this = Self { inner: Arc::new(inner) };
-        let uplink = this.uplink();
-        let _ = this.ip(&format!(
-            "link set {uplink} up\naddr add {}/24 dev {uplink}\naddr add {}/64 dev {uplink} nodad\n\
-             route add default via {GATEWAY}\nroute add default via {GATEWAY6}",
-            this.ipv4(),
-            this.ipv6()
-        ))?;
-        if options.cni != Cni::Routed {
-            let (gateway, gateway6) = (this.pod_ipv4(1), this.pod_ipv6(1));
-            // With an address of its own the bridge does not change it with its ports.
-            let mac = format!("02:c0:00:00:00:{index:02x}");
-            let _ = this.ip(&format!(
-                "link add cni0 address {mac} mtu {mtu} type bridge\nlink set cni0 up\naddr add {gateway}/24 dev cni0\naddr add {gateway6}/64 dev cni0 nodad"
-            ))?;
-        }
+        this.add_addresses()?;
         if let Some(ruleset) = &options.nft {
             this.nft(ruleset)?;
         }
@@ -172,6 +175,29 @@ impl Node {
             .with_context(|| format!("cannot make {}", bpffs.display()))?;
         xdp::mount_bpffs(&bpffs)?;
         Ok(this)
+    }
+
+    /// Gives the uplink its addresses and default routes, and makes the bridge of pods where the
+    /// CNI has one.
+    fn add_addresses(&self) -> Result<()> {
+        let uplink = self.uplink();
+        let _ = self.ip(&format!(
+            "link set {uplink} up\naddr add {}/24 dev {uplink}\naddr add {}/64 dev {uplink} nodad\n\
+             route add default via {GATEWAY}\nroute add default via {GATEWAY6}",
+            self.ipv4(),
+            self.ipv6()
+        ))?;
+        if self.inner.cni != Cni::Routed {
+            let (gateway, gateway6) = (self.pod_ipv4(1), self.pod_ipv6(1));
+            let mtu = self.inner.mtu;
+            // With an address of its own the bridge does not change it with its ports.
+            let mac = format!("02:c0:00:00:00:{:02x}", self.inner.index);
+            let _ = self.ip(&format!(
+                "link add cni0 address {mac} mtu {mtu} type bridge\nlink set cni0 up\n\
+                 addr add {gateway}/24 dev cni0\naddr add {gateway6}/64 dev cni0 nodad"
+            ))?;
+        }
+        Ok(())
     }
 
     /// Returns the node's own address, on its uplink.

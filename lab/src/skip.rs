@@ -5,9 +5,9 @@
 #[derive(Debug, thiserror::Error)]
 #[error("{what} is not available here: {why}")]
 pub struct Unsupported {
-    /// What was asked for.
+    /// The request.
     pub what: String,
-    /// What was tried and how it failed.
+    /// The attempt and its failure.
     pub why: String,
 }
 

@@ -1,6 +1,6 @@
 //! A program of a node at tc or XDP: lends the engine a packet and the node.
 
-use sluice_common::abi::{Device, Flow, RejectBucket, RejectKey};
+use sluice_common::abi::{Device, Flow, RejectBucket, RejectKey, device};
 use sluice_common::engine::act::{self, is_for_others};
 use sluice_common::engine::adapter::{
     Action, Adapter, Addressee, Arrival, ForwardQuery, RouteQuery, Target,
@@ -12,13 +12,14 @@ use sluice_common::engine::tc::{self, TcProgram};
 use sluice_common::engine::xdp::{self, Fate, XdpProgram};
 use sluice_common::packet::answer::IcmpError;
 use sluice_common::packet::bytes::Bytes;
-use sluice_common::packet::parse::{self, Headers};
+use sluice_common::packet::parse::{self, Headers, Packet as _};
 use sluice_common::packet::rewrite::{rewrite, segment};
 use sluice_common::path::{self, Decision, Hook, Step, Verdict, policy};
 use sluice_common::{Reason, Tables, V4, V6};
 
-use crate::node::{Node, Side};
-use crate::packet::{By, Packet, Tag};
+use crate::node::{BRIDGE, Node, Side};
+use crate::packet::{By, Link, Mac, Packet, Tag};
+use crate::random::mix;
 use crate::view::{View, spoil};
 use crate::world::World;
 
@@ -52,13 +53,11 @@ pub struct Met {
 
 /// Runs the tc program of a device on a packet.
 pub fn run(world: &World, node: &Node, met: Met, packet: &mut Packet) -> (Action, Counted) {
-    at_work(node, packet, |packet| {
-        if packet.is_v6() {
-            run_family::<V6>(world, node, met, packet, false)
-        } else {
-            run_family::<V4>(world, node, met, packet, false)
-        }
-    })
+    if packet.is_v6() {
+        at_work(node, met, packet, |packet| run_family::<V6>(world, node, met, packet, false))
+    } else {
+        at_work(node, met, packet, |packet| run_family::<V4>(world, node, met, packet, false))
+    }
 }
 
 /// Runs the tc program of a device on a packet that XDP has translated, and that may go around the
@@ -69,35 +68,48 @@ pub fn run_translated(
     met: Met,
     packet: &mut Packet,
 ) -> (Action, Counted) {
-    at_work(node, packet, |packet| {
-        if packet.is_v6() {
-            run_family::<V6>(world, node, met, packet, true)
-        } else {
-            run_family::<V4>(world, node, met, packet, true)
-        }
-    })
+    if packet.is_v6() {
+        at_work(node, met, packet, |packet| run_family::<V6>(world, node, met, packet, true))
+    } else {
+        at_work(node, met, packet, |packet| run_family::<V4>(world, node, met, packet, true))
+    }
 }
 
 /// Runs the XDP program of a device on a packet. Returns as well whether the packet is marked as
 /// translated.
 pub fn run_xdp(world: &World, node: &Node, met: Met, packet: &mut Packet) -> (Fate, Counted, bool) {
-    at_work(node, packet, |packet| {
-        if packet.is_v6() {
-            run_xdp_family::<V6>(world, node, met, packet)
-        } else {
-            run_xdp_family::<V4>(world, node, met, packet)
-        }
-    })
+    if packet.is_v6() {
+        at_work(node, met, packet, |packet| run_xdp_family::<V6>(world, node, met, packet))
+    } else {
+        at_work(node, met, packet, |packet| run_xdp_family::<V4>(world, node, met, packet))
+    }
 }
 
-/// Runs a program, and counts it among the node's running programs meanwhile.
-fn at_work<R>(node: &Node, packet: &mut Packet, program: impl FnOnce(&mut Packet) -> R) -> R {
+/// Length of an Ethernet header, bytes.
+const ETHERNET: usize = 14;
+
+/// Runs a program on a frame, and counts it among the node's running programs meanwhile.
+fn at_work<R>(
+    node: &Node,
+    met: Met,
+    packet: &mut Packet,
+    program: impl FnOnce(&mut Packet) -> R,
+) -> R {
+    let is_ethernet = node.has_link_header(met.ifindex);
+    if is_ethernet {
+        let ethertype: u16 = if packet.is_v6() { 0x86dd } else { 0x0800 };
+        let Link { destination, source } = packet.link;
+        let header = destination.into_iter().chain(source).chain(ethertype.to_be_bytes());
+        let _ = packet.bytes.splice(..0, header);
+    }
     node.maps.at_work.set(node.maps.at_work.get() + 1);
     let result = program(packet);
     node.maps.at_work.set(node.maps.at_work.get() - 1);
-    // Forwarded packets have a link header, which the helper removes.
-    if packet.bytes.first() == Some(&0) {
-        let _ = packet.bytes.drain(..14);
+    // A packet that is forwarded or injected may have got a link header, which the helper removes.
+    if is_ethernet || packet.bytes.first() == Some(&0) {
+        let header: Vec<u8> = packet.bytes.drain(..ETHERNET).collect();
+        let mac = |at: usize| std::array::from_fn(|byte| header[at + byte]);
+        packet.link = Link { destination: mac(0), source: mac(6) };
     }
     result
 }
@@ -143,6 +155,7 @@ struct InHand<'m> {
     world: &'m World<'m>,
     node: &'m Node,
     met: Met,
+    tag: Tag,
     frame: Bytes<&'m mut Vec<u8>>,
 }
 
@@ -173,7 +186,7 @@ impl<'m, F: Side> Adapter<F> for InHand<'m> {
     }
 
     fn link(&self) -> u32 {
-        0
+        if self.node.has_link_header(self.met.ifindex) { ETHERNET as u32 } else { 0 }
     }
 
     fn ifindex(&self) -> u32 {
@@ -189,7 +202,11 @@ impl<'m, F: Side> Adapter<F> for InHand<'m> {
     }
 
     fn arrival(&self) -> Arrival {
-        Arrival { to: Addressee::Host, tag: None }
+        let here =
+            self.node.devices.get(&self.met.ifindex).filter(|device| device.link_header != 0);
+        let destination = self.frame.read::<Mac>(0);
+        let is_other = here.is_some_and(|here| destination.is_some_and(|mac| mac != here.mac));
+        Arrival { to: if is_other { Addressee::Other } else { Addressee::Host }, tag: None }
     }
 
     fn device(&self, ifindex: u32) -> Option<&Device> {
@@ -212,8 +229,12 @@ impl<'m, F: Side> Adapter<F> for InHand<'m> {
         self.node.route(F::ip(packet.destination))
     }
 
-    fn neighbour(&self, _: &F::Address, _: &F::Address, _: u32) -> Option<[u8; 6]> {
-        None
+    fn neighbour(&self, _: &F::Address, destination: &F::Address, ifindex: u32) -> Option<Mac> {
+        // Neighbours are forgotten from time to time.
+        let [connection, number] = self.tag.words();
+        let chance = mix(&[self.world.setting.seed, connection, number, 8]);
+        let found = self.node.neighbour(F::ip(*destination));
+        found.filter(|_| !chance.is_multiple_of(8) && ifindex == BRIDGE)
     }
 
     fn route_mtu(&self, _: &F::Address, _: u32) -> u32 {
@@ -307,11 +328,12 @@ impl<'m, F: Side> Passage<'m, F> {
         tag: Tag,
     ) -> Option<Self> {
         let frame = Bytes { bytes, partial: false };
-        let headers = parse::headers::<F, _>(&frame, 0)?;
+        let link = if node.has_link_header(met.ifindex) { ETHERNET as u32 } else { 0 };
+        let headers = parse::headers::<F, _>(&frame, link)?;
         let asked = (F::ip(headers.tuple.destination), headers.tuple.destination_port).into();
-        let view = View::<F>::new(world, node, met.ifindex, tag, asked, met.depth);
+        let view = View::<F>::new(world, node, met, tag, asked);
         let decision = Decision::pass(&headers.tuple);
-        let host = InHand { world, node, met, frame };
+        let host = InHand { world, node, met, tag, frame };
         Some(Self { host, view, headers, decision, counted: Counted::No, is_marked: false })
     }
 
@@ -369,7 +391,9 @@ impl<'m, F: Side> TcProgram<F> for Passage<'m, F> {
     }
 
     fn is_for_others(&self) -> bool {
-        is_for_others(Adapter::<F>::arrival(&self.host), false)
+        let here = Adapter::<F>::device(&self.host, self.host.met.ifindex);
+        let is_edge = here.is_some_and(|here| here.role == device::EDGE);
+        is_for_others(Adapter::<F>::arrival(&self.host), is_edge)
     }
 
     fn has_foreign_source(&self) -> bool {

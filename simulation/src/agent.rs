@@ -29,7 +29,7 @@ impl Agent {
     pub fn start(
         maps: &Handle,
         node: &str,
-        addresses: [IpAddr; 2],
+        addresses: &[IpAddr],
         sizes: Sizes,
         objects: Vec<Change>,
     ) -> Self {

@@ -10,6 +10,7 @@ use sluice_core::model::object::{
     SliceLabels, SlicePart, SlicePort,
 };
 
+use crate::packet::Mac;
 use crate::random::mix;
 
 /// Hosts outside of the cluster.
@@ -32,10 +33,12 @@ pub const EXTERNAL: [usize; 2] = [1, 2];
 const STICKY: usize = 2;
 /// The Service whose external clients reach local endpoints alone.
 const LOCAL: usize = 3;
-/// The port of endpoints for TCP.
-pub const TCP_PORT: u16 = 8_080;
-/// The port of endpoints for UDP.
-pub const UDP_PORT: u16 = 5_353;
+/// The most nodes that a run has.
+pub const NODES: usize = 3;
+
+/// The protocols of every Service, by name and number.
+const PROTOCOLS: [(&str, u8); 3] =
+    [("TCP", protocol::TCP), ("UDP", protocol::UDP), ("SCTP", protocol::SCTP)];
 
 /// The target of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -74,6 +77,49 @@ fn both(v4: [u8; 4], v6: [u16; 8]) -> Both {
 #[must_use]
 pub fn node(index: usize) -> Both {
     both([10, 0, 0, index as u8 + 1], [0xfd00, 1, 0, 0, 0, 0, 0, index as u16 + 1])
+}
+
+/// Returns the addresses of a node's bridge, if its pods are behind one.
+#[must_use]
+pub fn gateway(node: usize) -> Both {
+    both([10, 244, node as u8, 1], [0xfd00, 0x244, node as u16, 0, 0, 0, 0, 1])
+}
+
+/// Returns the link-layer address of a node's bridge.
+#[must_use]
+pub fn bridge_mac(node: usize) -> Mac {
+    [2, 0, 0, node as u8, 1, 0]
+}
+
+/// Returns the link-layer address of the bridge's port that leads to a pod.
+#[must_use]
+pub fn port_mac(node: usize, number: usize) -> Mac {
+    [2, 0, 0, node as u8, 2, number as u8]
+}
+
+/// Returns a pod's link-layer address.
+#[must_use]
+pub fn pod_mac(node: usize, number: usize) -> Mac {
+    [2, 0, 0, node as u8, 3, number as u8]
+}
+
+/// Returns the port at which endpoints serve a protocol.
+#[must_use]
+pub fn port(number: u8) -> u16 {
+    match number {
+        protocol::TCP => 8_080,
+        protocol::SCTP => 2_905,
+        _ => 5_353,
+    }
+}
+
+/// Returns the port at which Services serve a protocol.
+fn service_port(number: u8) -> u16 {
+    match number {
+        protocol::TCP => 80,
+        protocol::SCTP => 3_868,
+        _ => 53,
+    }
 }
 
 /// Returns a node's name.
@@ -123,13 +169,13 @@ pub fn processes(node: usize) -> usize {
     pod(node, PODS)
 }
 
-/// Whether a host stands for the processes of a node.
+/// Reports whether a host stands for the processes of a node.
 #[must_use]
 pub fn is_process(host: usize) -> bool {
     place(host).is_some_and(|(_, number)| number == PODS)
 }
 
-/// Whether a host is an endpoint.
+/// Reports whether a host is an endpoint.
 #[must_use]
 pub fn is_server(host: usize) -> bool {
     place(host).is_some_and(|(_, number)| number < SERVERS)
@@ -154,7 +200,7 @@ fn node_port(service: usize) -> u16 {
     30_000 + service as u16
 }
 
-/// Whether an address is a Service's and no node's own.
+/// Reports whether an address is a Service's and no node's own.
 #[must_use]
 pub fn is_vip(address: IpAddr) -> bool {
     (0..SERVICES).any(|service| {
@@ -186,7 +232,7 @@ pub fn number(address: IpAddr) -> u64 {
     }
 }
 
-/// Whether packets to an address and port are for a Service.
+/// Reports whether packets to an address and port are for a Service.
 #[must_use]
 pub fn is_frontend(end: SocketAddr, nodes: usize) -> bool {
     is_vip(end.ip())
@@ -198,14 +244,13 @@ impl Target {
     /// Returns the address and port.
     #[must_use]
     pub fn end(self, is_v6: bool, number: u8) -> SocketAddr {
-        let is_tcp = number == protocol::TCP;
-        let port = if is_tcp { 80 } else { 53 };
+        let at_service = service_port(number);
         let (both, port) = match self {
-            Self::ClusterIp(service) => (cluster_ip(service), port),
+            Self::ClusterIp(service) => (cluster_ip(service), at_service),
             Self::NodePort(service, at) => (node(at), node_port(service)),
-            Self::LoadBalancer(service) => (balancer(service), port),
-            Self::ExternalIp(service) => (external_ip(service), port),
-            Self::Pod(at) => (host(at), if is_tcp { TCP_PORT } else { UDP_PORT }),
+            Self::LoadBalancer(service) => (balancer(service), at_service),
+            Self::ExternalIp(service) => (external_ip(service), at_service),
+            Self::Pod(at) => (host(at), port(number)),
         };
         (both[usize::from(is_v6)], port).into()
     }
@@ -238,6 +283,14 @@ impl Objects {
     #[must_use]
     pub fn new(nodes: usize) -> Self {
         Self { nodes, services: [true; SERVICES], endpoints: vec![Readiness::Ready; hosts(nodes)] }
+    }
+
+    /// Reports whether a Service exists and all its endpoints are ready.
+    #[must_use]
+    pub fn is_whole(&self, service: usize) -> bool {
+        let mut endpoints = (0..self.nodes).map(|node| pod(node, service / 2));
+        self.services[service]
+            && endpoints.all(|endpoint| self.endpoints[endpoint] == Readiness::Ready)
     }
 
     /// Returns all objects, as a source first reports them.
@@ -280,19 +333,16 @@ impl Objects {
                 }
             })
             .collect();
-        let port = |name: &str, number, protocol: &str| SlicePort {
-            name: name.into(),
-            number: Some(i32::from(number)),
-            protocol: protocol.into(),
+        let part = |(name, protocol): (&str, u8)| SlicePort {
+            name: name.to_lowercase().into(),
+            number: Some(i32::from(port(protocol))),
+            protocol: name.into(),
         };
         let slice = Slice {
             service: Some(Arc::from(format!("s{service}"))),
             family: Ok(Some(family)),
             labels: SliceLabels { maker: Maker::Selector, ..SliceLabels::default() },
-            parts: vec![SlicePart {
-                ports: vec![port("tcp", TCP_PORT, "TCP"), port("udp", UDP_PORT, "UDP")],
-                endpoints,
-            }],
+            parts: vec![SlicePart { ports: PROTOCOLS.into_iter().map(part).collect(), endpoints }],
             surplus: 0,
             triggered: None,
         };
@@ -307,10 +357,10 @@ fn name(service: usize) -> ObjectName {
 
 fn spec(service: usize) -> ServiceSpec {
     let valid = |both: Both| both.map(Address::Valid).to_vec();
-    let port = |name: &str, number, protocol: &str| PortSpec {
-        name: name.into(),
-        number,
-        protocol: protocol.into(),
+    let part = |(name, protocol): (&str, u8)| PortSpec {
+        name: name.to_lowercase().into(),
+        number: i32::from(service_port(protocol)),
+        protocol: name.into(),
         node_port: i32::from(node_port(service)),
     };
     let is_balanced = BALANCED.contains(&service);
@@ -319,7 +369,7 @@ fn spec(service: usize) -> ServiceSpec {
         kind: "LoadBalancer".into(),
         cluster_ips: valid(cluster_ip(service)),
         families: vec!["IPv4".into(), "IPv6".into()],
-        ports: vec![port("tcp", 80, "TCP"), port("udp", 53, "UDP")],
+        ports: PROTOCOLS.into_iter().map(part).collect(),
         ingress: if is_balanced { valid(balancer(service)) } else { Vec::new() },
         external_ips: if is_balanced { Vec::new() } else { valid(external_ip(service)) },
         affinity_seconds: (service == STICKY).then_some(60),

@@ -6,11 +6,10 @@ use sluice_common::Reason;
 use sluice_common::abi::{BackendCounters, COUNTER_V6, ReasonCounters};
 use sluice_common::engine::count::Count;
 use sluice_common::family::Family;
-use sluice_common::packet::header::protocol;
 use sluice_common::packet::parse::Headers;
 
 use crate::cluster;
-use crate::packet::{Packet, Read, Segment, tcp};
+use crate::packet::{Packet, Read, Segment};
 
 /// The counters of a node.
 #[derive(Debug, Default)]
@@ -28,7 +27,7 @@ pub struct Sum {
     pub packets: u64,
     /// Bytes from the IP header on.
     pub bytes: u64,
-    /// TCP resets among the packets.
+    /// Resets among the packets.
     pub resets: u64,
 }
 
@@ -107,8 +106,9 @@ impl Counters {
     }
 }
 
-/// Whether packets with a reason are dropped or answered.
-fn refuses(reason: Reason) -> bool {
+/// Reports whether packets with a reason are dropped or answered.
+#[must_use]
+pub fn refuses(reason: Reason) -> bool {
     match reason {
         Reason::ReplyRecovered
         | Reason::NoBackendReset
@@ -161,7 +161,7 @@ impl Observed {
         }
         match (before.contents(), after.contents()) {
             (Some(Read::Whole(was)), Some(Read::Whole(is))) => {
-                let is_reset = was.flags & tcp::RST != 0;
+                let is_reset = was.is_reset();
                 if is_reply(&was, &is, nodes) {
                     self.reply.add(before, is_reset);
                 } else if was.destination != is.destination
@@ -186,9 +186,8 @@ impl Observed {
 }
 
 fn is_reply(was: &Segment, is: &Segment, nodes: usize) -> bool {
-    let port = if was.protocol == protocol::TCP { cluster::TCP_PORT } else { cluster::UDP_PORT };
     was.source != is.source
-        && was.source.port() == port
+        && was.source.port() == cluster::port(was.protocol)
         && !cluster::is_frontend(was.source, nodes)
         && cluster::is_frontend(is.source, nodes)
 }

@@ -13,4 +13,6 @@ pub enum Fault {
     KeepsEnded,
     /// A renewal changes the partner entry even if it is of another flow.
     RenewsAny,
+    /// A program that writes the current layout leaves the entry of the previous one.
+    LeavesPrevious,
 }

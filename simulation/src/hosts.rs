@@ -6,130 +6,19 @@ use std::net::{IpAddr, SocketAddr};
 use sluice_common::engine::open::FlowEnd;
 use sluice_common::packet::header::protocol;
 
-use crate::cluster::{self, TCP_PORT, UDP_PORT};
+use crate::cluster;
+use crate::connection::{Connecting, Outcome, lost};
 use crate::packet::{By, Packet, Part, Read, Segment, Tag, tcp};
 use crate::random::mix;
 use crate::scenario::{Close, Connect};
+use crate::sctp::{self, Association};
+use crate::socket::{End, unknown};
 use crate::tcp::{Connection, Happened, State};
 use crate::world::{Ends, What, World};
 
-/// What a connection may have lost or met: bits of [`Connecting::lost`].
-pub mod lost {
-    /// An event has evicted an entry of it.
-    pub const ONE: u32 = 1;
-    /// An event has evicted an entry whose partner was gone.
-    pub const BOTH: u32 = 2;
-    /// An entry of it was evicted from `embryonic` by others.
-    pub const UNPROVEN: u32 = 4;
-    /// An entry of it was evicted from `flows` by others.
-    pub const PUSHED_OUT: u32 = 8;
-    /// Its endpoint died.
-    pub const DEAD: u32 = 16;
-    /// The reply's entry was lost, and is of a kind that cannot be recovered.
-    pub const UNRECOVERED: u32 = 64;
-    /// A forger has sent what looks like its middle to a node that masquerades its client.
-    pub const TAKEN: u32 = 256;
-    /// A forger has sent a segment in its client's or endpoint's name.
-    pub const FORGED: u32 = 128;
-    /// Each of these may cost the connection.
-    pub const ALTOGETHER: u32 = BOTH | UNPROVEN | DEAD | UNRECOVERED | TAKEN;
-    /// Its target has changed meanwhile.
-    pub const DISTURBED: u32 = 32;
-}
-
-/// The outcome of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// All exchanges took place, and both sides closed it.
-    Completed,
-    /// The client reset it.
-    Aborted,
-    /// It was reset.
-    Reset,
-    /// Nobody answered.
-    GivenUp,
-}
-
-/// A connection, as the simulation follows it.
-#[expect(clippy::struct_excessive_bools, reason = "independent facts of one connection")]
-#[derive(Clone, Debug)]
-pub struct Connecting {
-    /// The connection as planned.
-    pub connect: Connect,
-    /// The client's target.
-    pub target: SocketAddr,
-    /// Host of the endpoint.
-    pub server: Option<usize>,
-    /// Whether the client knows that it is open.
-    pub is_open: bool,
-    /// The outcome.
-    pub outcome: Option<Outcome>,
-    /// Number of exchanges that are over.
-    pub done: usize,
-    /// Bits of [`lost`].
-    pub lost: u32,
-    /// Whether it waits for the end of the run.
-    pub stays: bool,
-    /// Whether the request of the end has been sent.
-    pub is_last: bool,
-    /// Whether the endpoint has closed it.
-    pub is_peer_closed: bool,
-    sent: [u32; 2],
-}
-
-impl Connecting {
-    /// Returns the client's end.
-    #[must_use]
-    pub fn client(&self) -> SocketAddr {
-        let address = cluster::host(self.connect.client)[usize::from(self.connect.is_v6)];
-        (address, self.connect.port).into()
-    }
-
-    /// Whether an answer may show another source than what was asked.
-    fn may_lose_entries(&self) -> bool {
-        let leaves_at_once = self.connect.protocol == protocol::UDP;
-        self.lost & (lost::ONE | lost::UNPROVEN | lost::DEAD) != 0
-            || self.may_lose_its_port()
-            // A question that is asked again, of another endpoint.
-            || leaves_at_once && self.lost & lost::DISTURBED != 0
-    }
-
-    /// Whether its tuple may be another's by now: after a reset that may be its own party's, an
-    /// idle
-    /// flow keeps it for a minute or two.
-    fn may_lose_its_port(&self) -> bool {
-        self.connect.close == Close::Late && self.lost & lost::FORGED != 0
-    }
-
-    /// Whether it may be lost altogether. `shares_port`: its client has other connections from the
-    /// same port.
-    fn may_be_lost(&self, shares_port: bool) -> bool {
-        self.lost & lost::ALTOGETHER != 0
-            || self.may_lose_its_port()
-            // Its slot may lead elsewhere by now, or no frontend of it be known; and nothing keeps
-            // the tuple of a lost entry from another connection.
-            || self.lost & lost::ONE != 0 && (self.lost & lost::DISTURBED != 0 || shares_port)
-    }
-
-    /// Whether another one of the same port may have what this one has, since an event has
-    /// concerned
-    /// its entries.
-    fn is_troubled_by(&self, other: &Self) -> bool {
-        self.shares_port(other) && other.lost & !lost::DISTURBED != 0
-    }
-
-    /// Whether two are the same client's, from one port.
-    #[must_use]
-    pub fn shares_port(&self, other: &Self) -> bool {
-        let of =
-            |connect: &Connect| (connect.client, connect.port, connect.is_v6, connect.protocol);
-        of(&self.connect) == of(&other.connect) && self.target != other.target
-    }
-}
-
 #[derive(Debug)]
 struct Socket {
-    connection: Connection,
+    end: End,
     /// Index of the connection.
     number: u32,
     is_client: bool,
@@ -160,22 +49,34 @@ impl Host {
         }
     }
 
-    /// Whether one of its sockets is for a packet.
+    /// Reports whether one of its sockets is for a packet.
     #[must_use]
     pub fn knows(&self, segment: &Segment) -> bool {
         let ends = (segment.protocol, segment.destination, segment.source);
         self.sockets.contains_key(&ends) || self.asking.contains_key(&ends)
     }
 
-    /// Whether one of its sockets keeps the tuple of a new flow from it.
+    /// Returns the connections that it has accepted from an address and port.
+    pub fn accepted(&self, number: u8, from: SocketAddr) -> impl Iterator<Item = u32> {
+        let sockets = self.sockets.iter().filter(move |((protocol, _, remote), socket)| {
+            *protocol == number && *remote == from && !socket.is_client
+        });
+        sockets.map(|(_, socket)| socket.number)
+    }
+
+    /// Reports whether one of its sockets keeps the tuple of a new flow from it.
     #[must_use]
     pub fn holds(&self, number: u8, end: FlowEnd, client: SocketAddr, backend: SocketAddr) -> bool {
         let ends = match end {
             FlowEnd::Client => (number, client, backend),
             FlowEnd::Backend => (number, backend, client),
         };
+        // The kernel has no lookup for SCTP's sockets.
+        if number == protocol::SCTP {
+            return false;
+        }
         // Linux' numbers: TCP_ESTABLISHED, TCP_SYN_SENT, TCP_TIME_WAIT, TCP_NEW_SYN_RECV.
-        let state = self.sockets.get(&ends).and_then(|socket| match socket.connection.state {
+        let state = self.sockets.get(&ends).and_then(|socket| match socket.end.state() {
             State::Open => Some(1),
             State::Opening => Some(2),
             State::TimeWait => Some(6),
@@ -187,7 +88,7 @@ impl Host {
     }
 }
 
-/// Whether a segment opens a connection.
+/// Reports whether a segment opens a connection.
 fn is_opening(flags: u8) -> bool {
     flags & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN
 }
@@ -227,8 +128,6 @@ impl World<'_> {
         }
     }
 
-    // --- clients ----------------------------------------------------------------------------
-
     /// Opens a client's connection, or its UDP socket.
     pub fn connect(&self, number: u32, connect: &Connect) {
         let target = connect.target.end(connect.is_v6, connect.protocol);
@@ -236,6 +135,7 @@ impl World<'_> {
             connect: connect.clone(),
             target,
             server: None,
+            is_served: self.is_served(connect.target),
             is_open: false,
             outcome: None,
             done: 0,
@@ -260,8 +160,12 @@ impl World<'_> {
         }
         let mut out = Vec::new();
         let first = mix(&[self.setting.seed, u64::from(number), 2]) as u32;
-        let connection = Connection::open(local, target, first, &mut out);
-        let socket = Socket { connection, number, is_client: true };
+        let end = if connect.protocol == protocol::SCTP {
+            End::Sctp(Association::open(local, target, first, &mut out))
+        } else {
+            End::Tcp(Connection::open(local, target, first, &mut out))
+        };
+        let socket = Socket { end, number, is_client: true };
         let _ = self.hosts.borrow_mut()[host].sockets.insert(ends, socket);
         self.send_all(host, number, By::Client, out);
         self.expect(host, ends);
@@ -271,10 +175,10 @@ impl World<'_> {
     fn expect(&self, host: usize, ends: Ends) {
         let hosts = self.hosts.borrow();
         if let Some(socket) = hosts[host].sockets.get(&ends)
-            && socket.connection.is_waiting()
+            && socket.end.is_waiting()
         {
-            let what = What::Retry(host, ends, socket.connection.sent);
-            self.after(socket.connection.patience(), what);
+            let what = What::Retry(host, ends, socket.end.sent());
+            self.after(socket.end.patience(), what);
         }
     }
 
@@ -283,10 +187,10 @@ impl World<'_> {
         let mut out = Vec::new();
         let mut hosts = self.hosts.borrow_mut();
         let Some(socket) = hosts[host].sockets.get_mut(&ends) else { return };
-        if socket.connection.sent != sent || !socket.connection.is_waiting() {
+        if socket.end.sent() != sent || !socket.end.is_waiting() {
             return;
         }
-        let happened = socket.connection.retry(&mut out);
+        let happened = socket.end.retry(&mut out);
         let (number, is_client) = (socket.number, socket.is_client);
         drop(hosts);
         self.send_all(host, number, if is_client { By::Client } else { By::Server }, out);
@@ -328,7 +232,7 @@ impl World<'_> {
         let mut out = Vec::new();
         let mut hosts = self.hosts.borrow_mut();
         let Some(socket) = hosts[host].sockets.get_mut(&ends) else { return };
-        socket.connection.send(data, &mut out);
+        socket.end.send(data, &mut out);
         drop(hosts);
         self.send_all(host, number, By::Client, out);
         self.expect(host, ends);
@@ -361,12 +265,11 @@ impl World<'_> {
         }
     }
 
-    // --- what arrives -----------------------------------------------------------------------
-
     /// Receives a packet at a host.
     pub fn receive(&self, host: usize, packet: &Packet) {
         self.tell(|| format!("host{host} gets {packet}"));
         let (source, destination) = packet.addresses();
+        self.check_link(host, packet);
         if !self.hosts.borrow()[host].addresses.contains(&destination) {
             if packet.tag.connection == u32::MAX {
                 // A forger's own, or the answer to it.
@@ -419,7 +322,7 @@ impl World<'_> {
 
     /// Receives a datagram: a question to an endpoint, or the answer to one.
     fn datagram(&self, host: usize, segment: &Segment, tag: Tag) {
-        if segment.destination.port() == UDP_PORT && cluster::is_server(host) {
+        if segment.destination.port() == cluster::port(protocol::UDP) && cluster::is_server(host) {
             if let Some((number, exchange, thinks, _)) = said(&segment.data)
                 && tag.by == By::Client
             {
@@ -452,47 +355,37 @@ impl World<'_> {
     }
 
     fn segment(&self, host: usize, segment: &Segment, tag: Tag) {
-        let ends = (protocol::TCP, segment.destination, segment.source);
+        let ends = (segment.protocol, segment.destination, segment.source);
         self.check_source(segment, tag);
+        let is_server = cluster::is_server(host)
+            && segment.destination.port() == cluster::port(segment.protocol);
+        if is_server && segment.protocol == protocol::SCTP && self.associate(host, segment, tag) {
+            return;
+        }
         let mut out = Vec::new();
         let mut hosts = self.hosts.borrow_mut();
         let socket = hosts[host].sockets.get(&ends);
         let is_known = socket.is_some_and(|socket| {
-            socket.connection.state != State::Closed
-                && (socket.connection.state != State::TimeWait || !is_opening(segment.flags))
+            socket.end.state() != State::Closed
+                && (socket.end.state() != State::TimeWait || !is_opening(segment.flags))
         });
         if !is_known {
-            let opens = is_opening(segment.flags)
-                && segment.destination.port() == TCP_PORT
-                && cluster::is_server(host);
-            if !opens {
+            if !is_server || !is_opening(segment.flags) {
                 drop(hosts);
-                if let Some(reset) = Connection::unknown(segment) {
-                    let by = if cluster::is_server(host) && segment.destination.port() == TCP_PORT {
-                        By::Server
-                    } else {
-                        By::Client
-                    };
-                    self.send_all(host, tag.connection, by, vec![reset]);
-                }
+                let by = if is_server { By::Server } else { By::Client };
+                self.send_all(host, tag.connection, by, unknown(segment).into_iter().collect());
                 return;
             }
             let words = [self.setting.seed, u64::from(tag.connection), 3, u64::from(tag.number)];
             let connection = Connection::accept(segment, mix(&words) as u32, &mut out);
-            let socket = Socket { connection, number: tag.connection, is_client: false };
-            let _ = hosts[host].sockets.insert(ends, socket);
             drop(hosts);
-            if let Some(connection) = self.connections.borrow_mut().get_mut(&tag.connection)
-                && tag.by == By::Client
-            {
-                connection.server = Some(host);
-            }
+            self.accept(host, ends, End::Tcp(connection), tag);
             self.send_all(host, tag.connection, By::Server, out);
             self.expect(host, ends);
             return;
         }
         let Some(socket) = hosts[host].sockets.get_mut(&ends) else { return };
-        let happened = socket.connection.receive(segment, self.micros(), &mut out);
+        let happened = socket.end.receive(segment, self.micros(), &mut out);
         let (number, is_client) = (socket.number, socket.is_client);
         drop(hosts);
         if let Some(Happened::Data(data)) =
@@ -510,6 +403,49 @@ impl World<'_> {
         }
     }
 
+    /// Answers what opens an association with an endpoint: an INIT, of which nothing is kept, or
+    /// the cookie of one. Returns false for all other packets.
+    fn associate(&self, host: usize, segment: &Segment, tag: Tag) -> bool {
+        let ends = (segment.protocol, segment.destination, segment.source);
+        let mut out = Vec::new();
+        match segment.chunk.kind {
+            sctp::INIT => {
+                let (port, client) = (segment.source.port(), segment.chunk.number);
+                let source = cluster::number(segment.source.ip());
+                let words =
+                    [self.setting.seed, host as u64, source, u64::from(port), u64::from(client)];
+                out.push(sctp::answer(segment, host, mix(&words) as u32));
+            }
+            sctp::COOKIE_ECHO => {
+                let mut hosts = self.hosts.borrow_mut();
+                let known = hosts[host].sockets.get_mut(&ends);
+                let known = known.and_then(|socket| match &mut socket.end {
+                    End::Sctp(association) => Some(association),
+                    End::Tcp(_) => None,
+                });
+                let accepted = Association::accept(segment, host, known, &mut out);
+                drop(hosts);
+                if let Some(association) = accepted {
+                    self.accept(host, ends, End::Sctp(association), tag);
+                }
+            }
+            _ => return false,
+        }
+        self.send_all(host, tag.connection, By::Server, out);
+        true
+    }
+
+    /// Gives an endpoint a socket for a client's connection.
+    fn accept(&self, host: usize, ends: Ends, end: End, tag: Tag) {
+        let socket = Socket { end, number: tag.connection, is_client: false };
+        let _ = self.hosts.borrow_mut()[host].sockets.insert(ends, socket);
+        if let Some(connection) = self.connections.borrow_mut().get_mut(&tag.connection)
+            && tag.by == By::Client
+        {
+            connection.server = Some(host);
+        }
+    }
+
     /// Checks that an endpoint's answer comes from the client's target.
     fn check_source(&self, segment: &Segment, tag: Tag) {
         if tag.by != By::Server {
@@ -524,7 +460,7 @@ impl World<'_> {
             // What is made again for that one may be what this one has.
             || connections.values().any(|other| connection.is_troubled_by(other))
             // Its SYN was sent again, to another endpoint; the first one goes on accepting it.
-            || (!connection.is_open || segment.flags & tcp::SYN != 0)
+            || (!connection.is_open || segment.is_of_handshake())
                 && connection.lost & lost::DISTURBED != 0
         {
             return;
@@ -561,22 +497,17 @@ impl World<'_> {
                 }
             }
             Happened::PeerClosed => {
-                self.act_on(host, ends, Connection::close);
+                self.act_on(host, ends, End::close);
             }
             Happened::Opened | Happened::Closed | Happened::Reset | Happened::GivenUp => {}
         }
     }
 
-    fn act_on(
-        &self,
-        host: usize,
-        ends: Ends,
-        act: impl FnOnce(&mut Connection, &mut Vec<Segment>),
-    ) {
+    fn act_on(&self, host: usize, ends: Ends, act: impl FnOnce(&mut End, &mut Vec<Segment>)) {
         let mut out = Vec::new();
         let mut hosts = self.hosts.borrow_mut();
         let Some(socket) = hosts[host].sockets.get_mut(&ends) else { return };
-        act(&mut socket.connection, &mut out);
+        act(&mut socket.end, &mut out);
         let (number, is_client) = (socket.number, socket.is_client);
         drop(hosts);
         self.send_all(host, number, if is_client { By::Client } else { By::Server }, out);
@@ -593,10 +524,10 @@ impl World<'_> {
             self.send(host, packet);
             return;
         }
-        self.act_on(host, ends, |connection, out| {
-            connection.send(data, out);
+        self.act_on(host, ends, |end, out| {
+            end.send(data, out);
             if closes {
-                connection.close(out);
+                end.close(out);
             }
         });
     }
@@ -622,10 +553,10 @@ impl World<'_> {
                 drop(connections);
                 match (next, close) {
                     (Some(pause), _) => self.after(pause, What::GoOn(number)),
-                    (None, Close::Client) => self.act_on(host, ends, Connection::close),
-                    (None, Close::Late) if is_last => self.act_on(host, ends, Connection::close),
+                    (None, Close::Client) => self.act_on(host, ends, End::close),
+                    (None, Close::Late) if is_last => self.act_on(host, ends, End::close),
                     (None, Close::Abort) => {
-                        self.act_on(host, ends, Connection::abort);
+                        self.act_on(host, ends, End::abort);
                         self.end(number, Outcome::Aborted);
                     }
                     (None, Close::Server | Close::Late) => {}
@@ -634,7 +565,7 @@ impl World<'_> {
             Happened::PeerClosed => {
                 connection.is_peer_closed = true;
                 drop(connections);
-                self.act_on(host, ends, Connection::close);
+                self.act_on(host, ends, End::close);
             }
             Happened::Closed => {
                 drop(connections);
@@ -666,9 +597,13 @@ impl World<'_> {
             (connection.is_open, is_troubled || connection.may_be_lost(shares_port));
         let expected = connection.connect.exchanges.len();
         let has_all = connection.done >= expected;
+        let number_of = connection.connect.protocol;
         let mut sums = self.sums.borrow_mut();
         match outcome {
-            Outcome::Completed if has_all => sums.completed += 1,
+            Outcome::Completed if has_all => {
+                sums.completed += 1;
+                sums.associations += u64::from(number_of == protocol::SCTP);
+            }
             Outcome::Aborted => sums.completed += 1,
             // Both have closed it. A late SYN reopens it at the endpoint, which then resets a
             // retransmitted FIN: as without Sluice.
@@ -686,6 +621,16 @@ impl World<'_> {
                     )
                 });
             }
+            Outcome::Completed | Outcome::Reset | Outcome::GivenUp
+                if connection.lost == 0 && connection.is_served =>
+            {
+                drop(sums);
+                let what = connection.connect.target;
+                drop(connections);
+                self.violate("a connection to what is served is established", || {
+                    format!("#{number} to {what:?}: {outcome:?}")
+                });
+            }
             Outcome::Completed | Outcome::Reset | Outcome::GivenUp => sums.refused += 1,
         }
     }
@@ -697,7 +642,7 @@ impl World<'_> {
             .borrow()
             .iter()
             .filter(|(_, connection)| {
-                connection.connect.protocol == protocol::TCP && connection.outcome.is_none()
+                connection.connect.protocol != protocol::UDP && connection.outcome.is_none()
             })
             .map(|(number, _)| *number)
             .collect();

@@ -2,8 +2,8 @@
 //!
 //! All decisions are made by Sluice's own code: the path and engine of `sluice_common` decide about
 //! each packet at each hook, and the agent's model, plan and image fill the maps, one write at a
-//! time. The rest is simulated, with time and chance derived from a seed: hosts that speak TCP and
-//! UDP, a network that loses, duplicates and delays packets, forgers and floods.
+//! time. The rest is simulated, with time and chance derived from a seed: hosts that speak TCP, SCTP
+//! and UDP, bridges, a network that loses, duplicates and delays packets, forgers and floods.
 //!
 //! ```text
 //! seed -> Scenario -> World: a queue of events -> Violation, or none
@@ -16,15 +16,19 @@
 pub mod act;
 pub mod agent;
 pub mod cluster;
+pub mod connection;
 pub mod count;
 pub mod fault;
 pub mod hosts;
+pub mod layouts;
 pub mod maps;
 pub mod node;
 pub mod packet;
 pub mod random;
 pub mod scenario;
+pub mod sctp;
 pub mod shrink;
+pub mod socket;
 pub mod tcp;
 pub mod view;
 pub mod world;

@@ -70,14 +70,17 @@ fn holds(seed: u64, options: &Options, sums: &mut Sums) -> bool {
     for (sum, own) in [
         (&mut sums.opened, own.opened),
         (&mut sums.completed, own.completed),
+        (&mut sums.associations, own.associations),
         (&mut sums.refused, own.refused),
         (&mut sums.excused, own.excused),
         (&mut sums.programs, own.programs),
         (&mut sums.nested, own.nested),
         (&mut sums.by_xdp, own.by_xdp),
         (&mut sums.around, own.around),
+        (&mut sums.bridged, own.bridged),
         (&mut sums.evicted, own.evicted),
         (&mut sums.killed, own.killed),
+        (&mut sums.moved, own.moved),
     ] {
         *sum += own;
     }

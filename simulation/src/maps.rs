@@ -7,6 +7,7 @@ use std::rc::Rc;
 use sluice_common::abi::{
     Affinity, AffinityKey, Datagram, DatagramPorts, Flow, Range, SLOTS_PER_BLOCK, Ticks, Tuple,
 };
+use sluice_common::engine::record::FlowMap;
 use sluice_common::family::Family;
 use sluice_core::image::{ApplyError, Dataplane, Image, ReadError, Write};
 
@@ -177,15 +178,53 @@ pub struct Capacities {
     pub embryonic: usize,
 }
 
+/// A family's flows, by tuple.
+pub type FlowLru<F> = Lru<Tuple<<F as Family>::Address>, Entry<<F as Family>::Address>>;
+
+/// The tables of one layout of the maps. Entries of the previous layout are stored in the form of
+/// this one: every access converts them, as far as the two layouts differ.
+#[derive(Debug)]
+pub struct Layer<F: Family> {
+    /// Proven flows.
+    pub flows: FlowLru<F>,
+    /// Flows without a proof so far.
+    pub embryonic: FlowLru<F>,
+    /// Session affinity of clients.
+    pub affinity: Lru<AffinityKey<F::Address>, Affinity>,
+}
+
+impl<F: Family> Layer<F> {
+    fn new(capacities: Capacities) -> Self {
+        Self {
+            flows: Lru::new(capacities.flows),
+            embryonic: Lru::new(capacities.embryonic),
+            affinity: Lru::new(4_096),
+        }
+    }
+
+    /// Returns a table of flows.
+    #[must_use]
+    pub fn table(&self, map: FlowMap) -> &FlowLru<F> {
+        match map {
+            FlowMap::Flows => &self.flows,
+            FlowMap::Embryonic => &self.embryonic,
+        }
+    }
+
+    /// Returns a table of flows, to be changed.
+    pub fn table_mut(&mut self, map: FlowMap) -> &mut FlowLru<F> {
+        match map {
+            FlowMap::Flows => &mut self.flows,
+            FlowMap::Embryonic => &mut self.embryonic,
+        }
+    }
+}
+
 /// The tables that the programs of a family keep.
 #[derive(Debug)]
 pub struct Memory<F: Family> {
-    /// Proven flows.
-    pub flows: Lru<Tuple<F::Address>, Entry<F::Address>>,
-    /// Flows without a proof so far.
-    pub embryonic: Lru<Tuple<F::Address>, Entry<F::Address>>,
-    /// Session affinity of clients.
-    pub affinity: Lru<AffinityKey<F::Address>, Affinity>,
+    /// Those whose layout changes: in this one, then in the previous one.
+    pub layers: [Layer<F>; 2],
     /// Ports of datagrams, from their first fragments.
     pub fragments: Lru<Datagram<F::Address>, DatagramPorts>,
     /// Reply tuples for which no port was found, and when.
@@ -197,11 +236,17 @@ impl<F: Family> Memory<F> {
     #[must_use]
     pub fn new(capacities: Capacities) -> Self {
         Self {
-            flows: Lru::new(capacities.flows),
-            embryonic: Lru::new(capacities.embryonic),
-            affinity: Lru::new(4_096),
+            layers: [Layer::new(capacities), Layer::new(capacities)],
             fragments: Lru::new(256),
             exhausted: BTreeMap::new(),
         }
+    }
+
+    /// Iterates over the tables of flows of both layouts, with the layout's index.
+    pub fn tables(&self) -> impl Iterator<Item = (usize, FlowMap, &FlowLru<F>)> {
+        let of = |(layer, tables): (usize, _)| {
+            [FlowMap::Flows, FlowMap::Embryonic].map(|map| (layer, map, Layer::table(tables, map)))
+        };
+        self.layers.iter().enumerate().flat_map(of)
     }
 }

@@ -16,13 +16,19 @@ use sluice_common::{V4, V6};
 use sluice_core::image::Stack;
 
 use crate::agent::Agent;
+use crate::cluster::{self, PODS};
 use crate::count::{Counters, Observed};
-use crate::maps::{Capacities, Handle, Maps, Memory};
+use crate::layouts::{Layouts, Version};
+use crate::maps::{Handle, Maps, Memory};
+use crate::packet::Mac;
+use crate::scenario::Setting;
 
 /// The loopback device.
 pub const LOOPBACK: u32 = 1;
 /// The device towards the network.
 pub const UPLINK: u32 = 2;
+/// The bridge of a node whose pods are behind one.
+pub const BRIDGE: u32 = 3;
 /// The first pod's device; those of the other pods follow.
 pub const EDGES: u32 = 10;
 
@@ -31,8 +37,10 @@ pub const EDGES: u32 = 10;
 pub struct Node {
     /// Index of the node.
     pub index: usize,
-    /// Addresses, one of each family.
-    pub addresses: [IpAddr; 2],
+    /// Addresses: one of each family, and those of its bridge.
+    pub addresses: Vec<IpAddr>,
+    /// Whether its pods are behind a bridge.
+    pub is_bridged: bool,
     /// Ifindex -> device.
     pub devices: BTreeMap<u32, Device>,
     /// Address of a pod on this node -> its device.
@@ -51,8 +59,10 @@ pub struct Node {
     pub rejects: RefCell<BTreeMap<RejectKey, RejectBucket>>,
     /// Counters of the programs.
     pub counters: RefCell<Counters>,
-    /// What the wire shows of the same packets.
+    /// The wire's view of the same packets.
     pub observed: RefCell<Observed>,
+    /// The layouts that programs and agent use.
+    pub layouts: RefCell<Layouts>,
     /// The agent, or [`None`] between two of them.
     pub agent: RefCell<Option<Agent>>,
     /// Number of agents that were killed.
@@ -62,59 +72,73 @@ pub struct Node {
 impl Node {
     /// Creates a node with pods and without an agent.
     #[must_use]
-    pub fn new(
-        index: usize,
-        addresses: [IpAddr; 2],
-        pods: &[[IpAddr; 2]],
-        masquerade: u32,
-        accelerate: bool,
-        slot_blocks: u32,
-        capacities: Capacities,
-    ) -> Self {
-        let [v4, v6] = addresses;
-        let entry = |role, flags, netns| Device {
+    pub fn new(index: usize, slot_blocks: u32, setting: &Setting) -> Self {
+        let is_bridged = setting.bridged[index];
+        let entry = |role, flags, [v4, v6]: [IpAddr; 2]| Device {
             role,
             link_header: 0,
             mtu: 1_500,
             masquerade_v4: V4::address(v4).unwrap_or_default(),
             masquerade_v6: V6::address(v6).unwrap_or_default(),
             flags,
-            netns,
             ..Device::default()
         };
-        let mut devices = BTreeMap::from([
-            (LOOPBACK, entry(device::LOOPBACK, 0, 0)),
-            (UPLINK, entry(device::UPLINK, 0, 0)),
-        ]);
-        let mut by_address = BTreeMap::new();
-        for (ifindex, addresses) in (EDGES..).zip(pods) {
-            let edge = entry(device::EDGE, device_flags::LOCAL_PODS, ifindex);
+        let own = cluster::node(index);
+        let loopback = Device { link_header: 14, ..entry(device::LOOPBACK, 0, own) };
+        let mut devices =
+            BTreeMap::from([(LOOPBACK, loopback), (UPLINK, entry(device::UPLINK, 0, own))]);
+        let mut pods = BTreeMap::new();
+        for (number, ifindex) in (0..PODS).zip(EDGES..) {
+            let flags = device_flags::LOCAL_PODS;
+            let edge = Device { netns: ifindex, ..entry(device::EDGE, flags, own) };
+            let bits = device_flags::bridge_mac(cluster::bridge_mac(index));
+            let edge = if is_bridged {
+                Device {
+                    link_header: 14,
+                    bridge: BRIDGE,
+                    mac: cluster::port_mac(index, number),
+                    netns: ifindex,
+                    ..entry(
+                        device::EDGE,
+                        flags | bits << device_flags::BRIDGE_MAC_SHIFT,
+                        cluster::gateway(index),
+                    )
+                }
+            } else {
+                edge
+            };
             let _ = devices.insert(ifindex, edge);
-            by_address.extend(addresses.iter().map(|address| (*address, ifindex)));
+            let addresses = cluster::host(cluster::pod(index, number));
+            pods.extend(addresses.map(|address| (address, ifindex)));
         }
+        let version = if setting.layouts { Version::Previous } else { Version::Current };
+        let bridge = is_bridged.then(|| cluster::gateway(index)).into_iter().flatten();
         let maps = Handle {
             maps: Rc::new(RefCell::new(Maps::new(slot_blocks))),
             budget: Rc::new(Cell::new(0)),
             at_work: Rc::new(Cell::new(0)),
         };
+        let layouts = Layouts::new(devices.keys().copied(), version);
         Self {
             index,
-            addresses,
+            addresses: own.into_iter().chain(bridge).collect(),
+            is_bridged,
             devices,
-            pods: by_address,
+            pods,
             settings: Settings {
-                masquerade,
+                masquerade: setting.masquerade,
                 detect_local: detect_local::DEVICE,
-                networks: if accelerate { networks::ACCELERATE } else { 0 },
+                networks: if setting.accelerate { networks::ACCELERATE } else { 0 },
                 ..Settings::default()
             },
             maps,
-            v4: RefCell::new(Memory::new(capacities)),
-            v6: RefCell::new(Memory::new(capacities)),
+            v4: RefCell::new(Memory::new(setting.capacities)),
+            v6: RefCell::new(Memory::new(setting.capacities)),
             marks: Cell::new(0),
             rejects: RefCell::new(BTreeMap::new()),
             counters: RefCell::default(),
             observed: RefCell::default(),
+            layouts: RefCell::new(layouts),
             agent: RefCell::new(None),
             killed: Cell::new(0),
         }
@@ -127,7 +151,33 @@ impl Node {
         if self.addresses.contains(&destination) {
             return None;
         }
-        Some(self.pods.get(&destination).copied().unwrap_or(UPLINK))
+        Some(match self.pods.get(&destination) {
+            Some(_) if self.is_bridged => BRIDGE,
+            Some(device) => *device,
+            None => UPLINK,
+        })
+    }
+
+    /// Returns the link-layer address of a neighbour on the bridge.
+    #[must_use]
+    pub fn neighbour(&self, address: IpAddr) -> Option<Mac> {
+        let device = self.pods.get(&address).filter(|_| self.is_bridged)?;
+        Some(cluster::pod_mac(self.index, (device - EDGES) as usize))
+    }
+
+    /// Returns the port by which the bridge reaches a link-layer address, or [`None`] if the
+    /// address is its own.
+    #[must_use]
+    pub fn port(&self, mac: Mac) -> Option<u32> {
+        let mut ports = (0..PODS).zip(EDGES..);
+        let port = ports.find(|(number, _)| cluster::pod_mac(self.index, *number) == mac);
+        port.map(|(_, port)| port)
+    }
+
+    /// Reports whether frames at a device have an Ethernet header.
+    #[must_use]
+    pub fn has_link_header(&self, ifindex: u32) -> bool {
+        self.is_bridged && ifindex >= EDGES
     }
 }
 

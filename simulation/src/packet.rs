@@ -5,10 +5,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sluice_common::packet::header::protocol;
 
+use crate::sctp::{self, Chunk};
+
 /// FIN, SYN, RST and ACK.
 pub use sluice_common::packet::header::tcp;
 
-/// Who sent a packet.
+/// The sender of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum By {
     /// The client of a connection.
@@ -45,11 +47,25 @@ impl Tag {
     }
 }
 
+/// A link-layer address.
+pub type Mac = [u8; 6];
+
+/// The Ethernet addresses of a frame.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Link {
+    /// Destination.
+    pub destination: Mac,
+    /// Source.
+    pub source: Mac,
+}
+
 /// An IP packet.
 #[derive(Clone, Debug)]
 pub struct Packet {
     /// Bytes, from the IP header on.
     pub bytes: Vec<u8>,
+    /// The Ethernet addresses, which matter at the ports of a bridge alone.
+    pub link: Link,
     /// The packet's identity.
     pub tag: Tag,
 }
@@ -59,20 +75,20 @@ pub struct Packet {
 pub struct Part {
     /// The datagram's identification.
     pub id: u16,
-    /// Where the part begins.
+    /// Offset of the part in the datagram.
     pub offset: u16,
     /// Whether others follow.
     pub more: bool,
 }
 
-/// A TCP segment or UDP datagram.
+/// A TCP segment, a UDP datagram, or an SCTP packet with one chunk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// Source.
     pub source: SocketAddr,
     /// Destination.
     pub destination: SocketAddr,
-    /// TCP or UDP.
+    /// TCP, UDP or SCTP.
     pub protocol: u8,
     /// Flags (TCP).
     pub flags: u8,
@@ -80,6 +96,8 @@ pub struct Segment {
     pub sequence: u32,
     /// Acknowledgment number (TCP).
     pub acknowledgment: u32,
+    /// The chunk (SCTP).
+    pub chunk: Chunk,
     /// Payload.
     pub data: Vec<u8>,
 }
@@ -91,7 +109,7 @@ pub enum Read {
     Whole(Segment),
     /// A part of a datagram: addresses and the payload of the IP packet.
     Part(IpAddr, IpAddr, Part, Vec<u8>),
-    /// Neither TCP nor UDP.
+    /// Another protocol's.
     Other,
 }
 
@@ -114,8 +132,15 @@ impl Segment {
             flags,
             sequence,
             acknowledgment,
+            chunk: Chunk::default(),
             data: Vec::new(),
         }
+    }
+
+    /// Creates an SCTP packet.
+    #[must_use]
+    pub fn sctp(source: SocketAddr, destination: SocketAddr, chunk: Chunk, data: Vec<u8>) -> Self {
+        Self { protocol: protocol::SCTP, chunk, ..Self::udp(source, destination, data) }
     }
 
     /// Creates a UDP datagram.
@@ -128,7 +153,31 @@ impl Segment {
             flags: 0,
             sequence: 0,
             acknowledgment: 0,
+            chunk: Chunk::default(),
             data,
+        }
+    }
+
+    /// Reports whether it resets a connection: TCP's RST, SCTP's ABORT.
+    #[must_use]
+    pub fn is_reset(&self) -> bool {
+        match self.protocol {
+            protocol::TCP => self.flags & tcp::RST != 0,
+            protocol::SCTP => self.chunk.kind == sctp::ABORT,
+            _ => false,
+        }
+    }
+
+    /// Reports whether it opens a connection, or is the answer to such a packet.
+    #[must_use]
+    pub fn is_of_handshake(&self) -> bool {
+        match self.protocol {
+            protocol::TCP => self.flags & tcp::SYN != 0,
+            protocol::SCTP => matches!(
+                self.chunk.kind,
+                sctp::INIT | sctp::INIT_ACK | sctp::COOKIE_ECHO | sctp::COOKIE_ACK
+            ),
+            _ => false,
         }
     }
 
@@ -140,11 +189,15 @@ impl Segment {
             + u32::from(self.flags & tcp::FIN != 0)
     }
 
-    /// Returns the TCP or UDP header and data, with the checksum.
+    /// Returns the transport header and data, with the checksum.
     fn transport(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         bytes.extend(self.source.port().to_be_bytes());
         bytes.extend(self.destination.port().to_be_bytes());
+        if self.protocol == protocol::SCTP {
+            self.chunk.write(&self.data, &mut bytes);
+            return bytes;
+        }
         if self.protocol == protocol::TCP {
             bytes.extend(self.sequence.to_be_bytes());
             bytes.extend(self.acknowledgment.to_be_bytes());
@@ -167,7 +220,7 @@ impl Segment {
         let transport = self.transport();
         let bytes =
             network(self.source.ip(), self.destination.ip(), self.protocol, None, &transport);
-        Packet { bytes, tag }
+        Packet { bytes, tag, link: Link::default() }
     }
 
     /// Returns the packet in two fragments (IPv4), cut after `cut` bytes of its payload (a multiple
@@ -185,18 +238,24 @@ impl Segment {
                 bytes,
             ),
             tag: Tag { copy, ..tag },
+            link: Link::default(),
         };
         [part(0, true, first, 0), part(cut, false, second, 1 << 8)]
     }
 
-    /// Reads TCP or UDP; returns [`None`] if the checksum or a length is wrong.
+    /// Reads TCP, UDP or SCTP; returns [`None`] if the checksum or a length is wrong.
     #[must_use]
     pub fn read(source: IpAddr, destination: IpAddr, number: u8, bytes: &[u8]) -> Option<Self> {
+        let word = |at: usize| Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+        let half = |at: usize| Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
+        if number == protocol::SCTP {
+            let (chunk, data) = Chunk::read(bytes)?;
+            let (source, destination) = ((source, half(0)?).into(), (destination, half(2)?).into());
+            return Some(Self::sctp(source, destination, chunk, data));
+        }
         if transport_sum(source, destination, number, bytes) != 0xffff {
             return None;
         }
-        let word = |at: usize| Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
-        let half = |at: usize| Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
         let is_tcp = number == protocol::TCP;
         Some(Self {
             source: (source, half(0)?).into(),
@@ -205,6 +264,7 @@ impl Segment {
             flags: if is_tcp { *bytes.get(13)? } else { 0 },
             sequence: if is_tcp { word(4)? } else { 0 },
             acknowledgment: if is_tcp { word(8)? } else { 0 },
+            chunk: Chunk::default(),
             data: bytes.get(if is_tcp { 20 } else { 8 }..)?.to_vec(),
         })
     }
@@ -216,6 +276,9 @@ impl fmt::Display for Segment {
         write!(f, "{source} > {destination}")?;
         if self.protocol == protocol::UDP {
             return write!(f, " UDP {}", self.data.len());
+        }
+        if self.protocol == protocol::SCTP {
+            return write!(f, " {} {}", self.chunk, self.data.len());
         }
         write!(f, " ")?;
         for (bit, letter) in [(tcp::SYN, 'S'), (tcp::FIN, 'F'), (tcp::RST, 'R'), (tcp::ACK, '.')] {
@@ -292,7 +355,7 @@ fn network(
 }
 
 impl Packet {
-    /// Whether it is IPv6.
+    /// Reports whether it is IPv6.
     #[must_use]
     pub fn is_v6(&self) -> bool {
         self.bytes.first().is_some_and(|first| first >> 4 == 6)
@@ -316,6 +379,15 @@ impl Packet {
             };
             (address(12), address(16))
         }
+    }
+
+    /// Reports whether it is a node's answer to another packet, in the name of that one's
+    /// destination.
+    #[must_use]
+    pub fn is_answer_to(&self, other: &Self) -> bool {
+        let (from, _) = other.addresses();
+        let (_, to) = self.addresses();
+        self.tag.by == By::Node && to == from && self.bytes != other.bytes
     }
 
     /// Decrements the TTL; returns false if it has run out.
@@ -353,7 +425,7 @@ impl Packet {
         if let Some(part) = part {
             return Some(Read::Part(source, destination, part, payload.to_vec()));
         }
-        if number != protocol::TCP && number != protocol::UDP {
+        if !matches!(number, protocol::TCP | protocol::UDP | protocol::SCTP) {
             return Some(Read::Other);
         }
         Segment::read(source, destination, number, payload).map(Read::Whole)

@@ -1,6 +1,6 @@
 //! Randomness that depends on a seed alone.
 //!
-//! What happens to one packet must not depend on the other packets, because a trace is shortened by
+//! The fate of one packet must not depend on the other packets, because a trace is shortened by
 //! leaving out events. Most random numbers are therefore not drawn from a stream, but [mixed](mix)
 //! from the seed and the packet's identity.
 

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use sluice_common::abi::masquerade;
 use sluice_common::packet::header::protocol;
 
-use crate::cluster::{self, Readiness, SERVERS, SERVICES, Target};
+use crate::cluster::{self, NODES, Readiness, SERVERS, SERVICES, Target};
 use crate::maps::Capacities;
 use crate::packet::tcp;
 use crate::random::Random;
@@ -41,6 +41,10 @@ pub struct Setting {
     pub races: u64,
     /// Whether uplinks run XDP before tc.
     pub xdp: bool,
+    /// Whether each node's pods are behind a bridge.
+    pub bridged: [bool; NODES],
+    /// Whether the previous version runs at first, whose maps have another layout.
+    pub layouts: bool,
     /// Whether packets that the stack would only forward bypass it (`--accelerate on`).
     pub accelerate: bool,
 }
@@ -67,7 +71,7 @@ pub enum Close {
     Late,
 }
 
-/// A TCP connection, or a UDP client's questions from one socket.
+/// A TCP or SCTP connection, or a UDP client's questions from one socket.
 #[derive(Clone, Debug)]
 pub struct Connect {
     /// The client's host.
@@ -76,13 +80,13 @@ pub struct Connect {
     pub port: u16,
     /// Whether it uses IPv6.
     pub is_v6: bool,
-    /// TCP or UDP.
+    /// TCP, UDP or SCTP.
     pub protocol: u8,
     /// The target.
     pub target: Target,
     /// Requests and answers.
     pub exchanges: Vec<Exchange>,
-    /// The end (TCP).
+    /// The end (TCP, SCTP).
     pub close: Close,
     /// Whether its datagrams are sent in fragments (UDP, IPv4).
     pub fragmented: bool,
@@ -93,6 +97,8 @@ pub struct Connect {
 pub enum Flood {
     /// SYNs.
     Syn,
+    /// INITs.
+    Init,
     /// ACKs without a connection.
     Ack,
     /// A SYN and an ACK from each source.
@@ -137,6 +143,10 @@ pub enum Act {
         /// Microseconds until the next one starts.
         pause: u64,
     },
+    /// This version's agent replaces the previous one's.
+    Upgrade(usize),
+    /// This version's agent hands over to the previous one's.
+    Downgrade(usize),
     /// An endpoint's pod dies, and a new one gets its address.
     Die(usize),
     /// A host outside sends many packets from random sources.
@@ -150,13 +160,13 @@ pub enum Act {
         /// Number of packets.
         packets: u32,
     },
-    /// A forger sends a segment in the name of a connection's party.
+    /// A forger sends a packet in the name of a connection's party.
     Forge {
         /// Number of the connection's event.
         connection: usize,
         /// The claimed source and destination.
         claim: Claim,
-        /// The segment's flags.
+        /// The packet's flags: TCP's, or those that an SCTP chunk stands for.
         flags: u8,
         /// Index of the host that sends it.
         from: usize,
@@ -208,16 +218,47 @@ impl Scenario {
             races: random.pick(&[0, 1, 4, 16]),
             xdp: ways.chance(500),
             accelerate: ways.chance(400),
+            layouts: ways.chance(300),
+            bridged: std::array::from_fn(|_| ways.chance(400)),
         };
-        let mut generator = Generator { random, nodes, ports: BTreeMap::new(), events: Vec::new() };
+        let (bridged, ports, events) = (setting.bridged, BTreeMap::new(), Vec::new());
+        let mut generator = Generator { random, nodes, bridged, ports, events };
         generator.generate();
-        Self { setting, events: generator.events }
+        let mut events = generator.events;
+        if setting.layouts {
+            events.extend(upgrades(&mut Random::new(&[seed, 3]), nodes));
+        }
+        Self { setting, events }
     }
+}
+
+/// Returns the changes of the maps' layout: an upgrade of each node and, for some, the way back,
+/// which may begin before the upgrade is over, and another upgrade.
+fn upgrades(random: &mut Random, nodes: usize) -> Vec<Event> {
+    let mut events = Vec::new();
+    for node in 0..nodes {
+        let mut at = random.below(LENGTH / 3);
+        events.push(Event { at, act: Act::Upgrade(node) });
+        if random.chance(500) {
+            at += random.below(60 * SECOND);
+            events.push(Event { at, act: Act::Downgrade(node) });
+            if random.chance(500) {
+                at += random.below(60 * SECOND);
+                events.push(Event { at, act: Act::Upgrade(node) });
+            }
+        }
+        if random.chance(300) {
+            let (at, pause) = (at + random.below(10 * SECOND), random.below(3 * SECOND));
+            events.push(Event { at, act: Act::Kill { node, pause } });
+        }
+    }
+    events
 }
 
 struct Generator {
     random: Random,
     nodes: usize,
+    bridged: [bool; NODES],
     /// Number of connections of each client to each target.
     ports: BTreeMap<(usize, Target, bool, u8), u16>,
     events: Vec<Event>,
@@ -259,6 +300,23 @@ impl Generator {
             let pause = if self.random.chance(100) { 5 * SECOND } else { SECOND / 2 };
             let exchanges = (0..count).map(|_| self.exchange(pause)).collect();
             self.connect(at, protocol::UDP, exchanges, Close::Client, None);
+        }
+        for _ in 0..60 {
+            let at = self.random.below(LENGTH);
+            let close = self.random.pick(&[
+                Close::Client,
+                Close::Client,
+                Close::Server,
+                Close::Server,
+                Close::Abort,
+                Close::Late,
+            ]);
+            // What stays is there well before the end, and has one request until then.
+            let is_late = close == Close::Late;
+            let at = if is_late { at / 2 } else { at };
+            let count = if is_late { 1 } else { self.random.between(1, 4) };
+            let exchanges = (0..count).map(|_| self.exchange(2 * SECOND)).collect();
+            self.connect(at, protocol::SCTP, exchanges, close, None);
         }
         self.race();
         self.disturb();
@@ -337,16 +395,19 @@ impl Generator {
     /// an endpoint at one tuple (docs/compatibility.md).
     fn translator(&self, client: usize, target: Target, is_v6: bool, number: u8) -> u16 {
         let own = cluster::place(client).map(|(node, _)| node);
-        let is_udp = number == protocol::UDP;
+        // No lookup shows SCTP's sockets, so a pod's own flows cannot avoid them.
+        let is_unseen = number != protocol::TCP;
         let (node, group) = match (target, own) {
             (Target::NodePort(_, node), _) => (node, 0),
             // A pod that is its own backend at a node port sees itself as the node's address with
             // its own port. A process with this port would lose its direct connection to the pod
             // (docs/compatibility.md).
             (Target::Pod(_), Some(own)) if cluster::is_process(client) => (own, 3),
-            (Target::Pod(_), Some(own)) => (own, usize::from(is_udp)),
+            (Target::Pod(_), Some(own)) => (own, usize::from(is_unseen)),
             (Target::Pod(server), None) => {
-                (cluster::place(server).map_or(0, |(node, _)| node), usize::from(is_udp))
+                // An endpoint behind a bridge is not looked up (docs/compatibility.md).
+                let at = cluster::place(server).map_or(0, |(node, _)| node);
+                (at, usize::from(is_unseen || self.bridged[at]))
             }
             (_, Some(own)) => (own, 0),
             (Target::ClusterIp(_), None) => (cluster::way(client, target, is_v6, self.nodes), 2),
@@ -360,7 +421,8 @@ impl Generator {
         for _ in 0..12 {
             let at = self.random.below(LENGTH);
             let (client, is_v6) = (self.host(), self.random.chance(400));
-            let protocol = self.random.pick(&[protocol::TCP, protocol::TCP, protocol::UDP]);
+            let protocol =
+                self.random.pick(&[protocol::TCP, protocol::TCP, protocol::SCTP, protocol::UDP]);
             for _ in 0..4 {
                 let exchanges = vec![self.exchange(SECOND)];
                 let of = Some((client, is_v6));
@@ -421,7 +483,8 @@ impl Generator {
     fn attack(&mut self) {
         let connections = self.connections();
         for _ in 0..self.random.below(3) {
-            let kind = self.random.pick(&[Flood::Syn, Flood::Ack, Flood::SynAck, Flood::Udp]);
+            let kind =
+                self.random.pick(&[Flood::Syn, Flood::Ack, Flood::SynAck, Flood::Udp, Flood::Init]);
             let target = Some(self.target()).filter(|target| target.service().is_some());
             let target = target.unwrap_or(Target::LoadBalancer(0));
             let at = self.random.below(LENGTH);

@@ -145,7 +145,7 @@ impl Connection {
         })
     }
 
-    /// Whether a segment waits for its acknowledgment.
+    /// Reports whether a segment waits for its acknowledgment.
     #[must_use]
     pub fn is_waiting(&self) -> bool {
         self.under_way.is_some()

@@ -4,14 +4,17 @@
 //! of the agent, an eviction. It runs to its end, nested; the program then goes on with what it had
 //! read before.
 
+pub mod layers;
+
 use std::cell::{Cell, OnceCell};
 use std::net::SocketAddr;
 
+use sluice_common::abi::previous::{self, Moved, Round};
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks,
-    OriginKey, Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, flow,
-    state,
+    OriginKey, Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, state,
 };
+use sluice_common::engine::layouts::{Both, Store};
 use sluice_common::engine::open::Refusal;
 use sluice_common::engine::record::{FlowMap, FlowTable, InsertError, Partner, Renewal, record};
 use sluice_common::engine::search::PortSearch;
@@ -20,11 +23,20 @@ use sluice_common::path::{self, Decision, Record, leads_back, leads_to, partner_
 use sluice_common::tables::Routes;
 use sluice_common::{Failure, Reason, Tables};
 
+use self::layers::{Affinities, BEFORE, Flows, NOW};
+use crate::act::Met;
 use crate::fault::Fault;
-use crate::maps::{Entry, Lru};
+use crate::layouts::Stage;
+use crate::maps::Entry;
 use crate::node::{Node, Side};
 use crate::packet::Tag;
 use crate::world::World;
+
+/// A table of flows in both layouts.
+type BothFlows<'v, 'w, F> = Both<Flows<'v, 'w, F, NOW>, Flows<'v, 'w, F, BEFORE>, bool>;
+/// The table of affinities in both layouts.
+type BothAffinities<'v, 'w, F> =
+    Both<Affinities<'v, 'w, F, NOW>, Affinities<'v, 'w, F, BEFORE>, bool>;
 
 /// Values that were read out of a map, kept for as long as the program runs: as under RCU, whoever
 /// has read an entry may go on reading it when it is gone.
@@ -66,13 +78,16 @@ pub struct View<'w, F: Side> {
     asked: SocketAddr,
     depth: u32,
     operations: Cell<u64>,
-    /// What the FIB has said.
+    /// The FIB's answers.
     pub routes: Option<Routes>,
     /// Source ports that are not to be tried.
     pub ports_to_skip: u32,
-    /// What the packet's decision records.
+    /// The record of the packet's decision.
     pub recorded: Record,
+    stage: Stage,
     flows: Kept<Flow<F::Address>>,
+    previous_flows: Kept<previous::Flow<F::Address>>,
+    previous_affinity: Kept<previous::Affinity>,
     services: Kept<Service>,
     ports: Kept<ServicePort>,
     backends: Kept<Backend<F::Address>>,
@@ -86,11 +101,12 @@ impl<'w, F: Side> View<'w, F> {
     pub fn new(
         world: &'w World<'w>,
         node: &'w Node,
-        ifindex: u32,
+        met: Met,
         tag: Tag,
         asked: SocketAddr,
-        depth: u32,
     ) -> Self {
+        let Met { hook, ifindex, depth, .. } = met;
+        let stage = node.layouts.borrow().stage(ifindex, hook);
         Self {
             world,
             node,
@@ -102,7 +118,10 @@ impl<'w, F: Side> View<'w, F> {
             routes: None,
             ports_to_skip: 0,
             recorded: Record::Nothing,
+            stage,
             flows: Kept::default(),
+            previous_flows: Kept::default(),
+            previous_affinity: Kept::default(),
             services: Kept::default(),
             ports: Kept::default(),
             backends: Kept::default(),
@@ -119,22 +138,39 @@ impl<'w, F: Side> View<'w, F> {
         self.world.race(self.node, self.tag, operation, self.depth);
     }
 
-    fn table<R>(
-        &self,
-        place: FlowMap,
-        use_it: impl FnOnce(&mut Lru<Tuple<F::Address>, Entry<F::Address>>) -> R,
-    ) -> R {
-        let mut memory = F::memory(self.node).borrow_mut();
-        use_it(match place {
-            FlowMap::Flows => &mut memory.flows,
-            FlowMap::Embryonic => &mut memory.embryonic,
-        })
+    /// Returns a table of flows in one layout.
+    fn layer<const LAYER: usize>(&self, map: FlowMap) -> Flows<'_, 'w, F, LAYER> {
+        Flows { view: self, map }
     }
 
-    fn entry(&self, place: FlowMap, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
-        self.race();
-        let entry = self.table(place, |table| table.get(key))?;
-        Some(self.flows.keep(entry.flow))
+    /// Returns a table of flows in both layouts, for a program that reads both.
+    fn both(&self, map: FlowMap, round: Round) -> BothFlows<'_, 'w, F> {
+        let written = round == Round::WritesCurrent;
+        Both { now: self.layer(map), before: self.layer(map), written }
+    }
+
+    /// Returns the table of affinities in both layouts.
+    fn both_affinities(&self, round: Round) -> BothAffinities<'_, 'w, F> {
+        let written = round == Round::WritesCurrent;
+        Both { now: Affinities { view: self }, before: Affinities { view: self }, written }
+    }
+
+    fn entry(&self, map: FlowMap, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+        match self.stage {
+            Stage::Round(Round::Settled) => {
+                let flow = self.layer::<NOW>(map).read(key)?;
+                Some(self.flows.keep(flow))
+            }
+            Stage::Previous => {
+                let flow = self.layer::<BEFORE>(map).read(key)?;
+                Some(self.flows.keep(Flow::after(&flow.before())))
+            }
+            Stage::Round(round) => {
+                let mut flow = Flow::default();
+                let is_found = self.both(map, round).find(key, &mut flow);
+                is_found.then(|| self.flows.keep(flow))
+            }
+        }
     }
 
     /// Asks where packets to both ends of a flow leave.
@@ -179,87 +215,76 @@ impl<F: Side> PortSearch<F> for View<'_, F> {
 }
 
 impl<F: Side> FlowTable<F> for View<'_, F> {
-    fn get(&self, place: FlowMap, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
-        self.entry(place, key)
+    fn get(&self, map: FlowMap, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+        self.entry(map, key)
     }
 
     fn insert(
         &mut self,
-        place: FlowMap,
+        map: FlowMap,
         key: &Tuple<F::Address>,
         flow: &Flow<F::Address>,
         only_new: bool,
     ) -> Result<(), InsertError> {
-        self.race();
-        let place = match self.world.fault {
+        let map = match self.world.fault {
             // What is found in the middle of a connection goes straight there.
             Some(Fault::Unconfined) if self.recorded == Record::Establish => FlowMap::Flows,
-            _ => place,
+            _ => map,
         };
-        let (owner, flow) = (self.tag.connection, *flow);
-        // The maker's, as long as the flow is the same.
-        let is_same = |there: &&Entry<F::Address>| leads_to(&there.flow, &flow);
-        let maker = {
-            let memory = F::memory(self.node).borrow();
-            let proven = memory.flows.peek(key).filter(is_same);
-            proven.or(memory.embryonic.peek(key).filter(is_same)).map(|there| there.owner)
-        };
-        let owner = maker.filter(|_| self.recorded != Record::Open).unwrap_or(owner);
-        let gone = self.table(place, |table| {
-            if only_new && table.peek(key).is_some() {
-                return Err(InsertError::Exists);
+        match self.stage {
+            Stage::Round(Round::Settled) => self.layer::<NOW>(map).insert(key, flow, only_new),
+            Stage::Previous => self.layer::<BEFORE>(map).insert(key, &flow.before(), only_new),
+            Stage::Round(round) => {
+                let mut before = flow.before();
+                self.both(map, round).put(key, flow, &mut before, only_new)
             }
-            Ok(table.insert(*key, Entry { flow, owner }))
-        })?;
-        if let Some((key, entry)) = gone {
-            self.world.evicted::<F>(self.node, place, &key, &entry, false);
         }
-        Ok(())
     }
 
-    fn remove(&mut self, place: FlowMap, key: &Tuple<F::Address>) {
-        self.race();
-        let _ = self.table(place, |table| table.remove(key));
+    fn remove(&mut self, map: FlowMap, key: &Tuple<F::Address>) {
+        match self.stage {
+            Stage::Round(Round::Settled) => self.layer::<NOW>(map).remove(key),
+            Stage::Previous => self.layer::<BEFORE>(map).remove(key),
+            Stage::Round(round) => self.both(map, round).take(key),
+        }
     }
 
     fn refresh(
         &mut self,
-        place: FlowMap,
+        map: FlowMap,
         key: &Tuple<F::Address>,
         to: &Flow<F::Address>,
         renewal: Renewal,
     ) -> bool {
-        self.race();
         let any = self.world.fault == Some(Fault::RenewsAny);
-        let changed = self.table(place, |table| {
-            let _ = table.get(key)?;
-            table.change(key, |entry| {
-                if !any && !leads_to(&entry.flow, to) {
-                    return None;
-                }
-                let before = entry.flow;
-                renewal.apply(&mut entry.flow, to);
-                // The client's side of a masqueraded flow is that of all its client's connections
-                // to
-                // the endpoint from one port.
-                let frontend: SocketAddr = if before.flags & flow::REPLY != 0 {
-                    (F::ip(before.source), before.source_port).into()
-                } else {
-                    (F::ip(key.destination), key.destination_port).into()
-                };
-                let is_own = before.flags & flow::SOURCE == 0 && before != entry.flow;
-                is_own.then_some((entry.owner, frontend))
-            })
-        });
-        if let Some(Some((owner, frontend))) = changed {
-            self.world.check_owner(self.tag, self.asked, owner, frontend);
+        let renew = |entry: &mut Flow<F::Address>| {
+            if any || leads_to(entry, to) {
+                renewal.apply(entry, to);
+            }
+        };
+        match self.stage {
+            Stage::Round(Round::Settled) => self.layer::<NOW>(map).update(key, renew),
+            Stage::Previous => self.layer::<BEFORE>(map).update(key, |entry| {
+                let mut after = Flow::after(entry);
+                renew(&mut after);
+                *entry = after.before();
+            }),
+            Stage::Round(round) => self.both(map, round).renew(key, to, renewal),
         }
-        changed.is_some()
     }
 
     fn record_affinity(&mut self, client: &AffinityKey<F::Address>, to: &Affinity) {
-        self.race();
-        let _ = F::memory(self.node).borrow_mut().affinity.insert(*client, *to);
+        let _ = match self.stage {
+            Stage::Round(Round::Settled) => {
+                Affinities::<'_, '_, F, NOW> { view: self }.insert(client, to, false)
+            }
+            Stage::Previous => {
+                Affinities::<'_, '_, F, BEFORE> { view: self }.insert(client, &to.before(), false)
+            }
+            Stage::Round(round) => {
+                self.both_affinities(round).put(client, to, &mut to.before(), false)
+            }
+        };
     }
 
     fn set_marks(&mut self, bits: u32) {
@@ -322,9 +347,22 @@ impl<F: Side> Tables<F> for View<'_, F> {
     }
 
     fn affinity(&self, key: &AffinityKey<F::Address>) -> Option<&Affinity> {
-        self.race();
-        let affinity = F::memory(self.node).borrow_mut().affinity.get(key)?;
-        Some(self.affinity.keep(affinity))
+        match self.stage {
+            Stage::Round(Round::Settled) => {
+                let affinity = Affinities::<'_, '_, F, NOW> { view: self }.get(key).copied()?;
+                Some(self.affinity.keep(affinity))
+            }
+            Stage::Previous => {
+                let table = Affinities::<'_, '_, F, BEFORE> { view: self };
+                let affinity = Affinity::after(table.get(key)?);
+                Some(self.affinity.keep(affinity))
+            }
+            Stage::Round(round) => {
+                let mut affinity = Affinity::default();
+                let is_found = self.both_affinities(round).find(key, &mut affinity);
+                is_found.then(|| self.affinity.keep(affinity))
+            }
+        }
     }
 
     fn in_source_ranges(&self, service_port: u32, address: &F::Address) -> bool {
@@ -397,8 +435,9 @@ pub fn spoil<F: Side>(
     match fault {
         // The client's second packet is proof.
         Some(Fault::Unconfined) => {
-            let is_embryonic =
-                view.table(FlowMap::Flows, |flows| flows.peek(&decision.key).is_none());
+            let is_embryonic = !F::memory(view.node).borrow().tables().any(|(_, map, table)| {
+                map == FlowMap::Flows && table.peek(&decision.key).is_some()
+            });
             if matches!(decision.record, Record::Nothing | Record::RenewEmbryonic)
                 && decision.facts.had_entry()
                 && decision.reason == Reason::Forward
@@ -420,15 +459,14 @@ pub fn spoil<F: Side>(
                 decision.record = Record::Renew;
             }
         }
-        Some(Fault::RenewsAny) | None => {}
+        Some(Fault::RenewsAny | Fault::LeavesPrevious) | None => {}
     }
 }
 
-/// Whether the other direction of an entry is there, proven or not.
+/// Reports whether the other direction of an entry is there, proven or not.
 pub fn has_partner<F: Side>(node: &Node, key: &Tuple<F::Address>, flow: &Flow<F::Address>) -> bool {
     let memory = F::memory(node).borrow();
     let other = partner_key::<F>(flow, key.protocol);
     let is_partner = |entry: &Entry<F::Address>| leads_back::<F>(&entry.flow, key);
-    memory.flows.peek(&other).is_some_and(is_partner)
-        || memory.embryonic.peek(&other).is_some_and(is_partner)
+    memory.tables().any(|(_, _, table)| table.peek(&other).is_some_and(is_partner))
 }

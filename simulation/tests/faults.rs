@@ -25,6 +25,7 @@ fn check(fault: Fault, rules: &[&str]) {
 const LIVES: &str = "an open connection lives as long as its endpoint";
 const ASIDE: &str = "what has ended stands aside";
 const SOURCE: &str = "an answer comes from whom was asked";
+const EMPTY: &str = "a layout that is given up is empty";
 const OTHERS: &str = "a client's packet changes no other connection's entry";
 
 #[test]
@@ -45,6 +46,11 @@ fn ended_flows_among_live_ones_are_found() {
 #[test]
 fn renewals_of_others_entries_are_found() {
     check(Fault::RenewsAny, &[OTHERS]);
+}
+
+#[test]
+fn entries_left_in_the_previous_layout_are_found() {
+    check(Fault::LeavesPrevious, &[EMPTY, LIVES, ASIDE, SOURCE, OTHERS]);
 }
 
 #[test]

@@ -155,9 +155,44 @@ fn run_tiers(
     let mut prepared = prepare::prepare(workspace, choice, &wanted)?;
     let artifacts = build(workspace, &wanted)?;
     prepared.take_sluice(&artifacts);
-    let mut sums: BTreeMap<&str, Sum> = BTreeMap::new();
+    let mut sums = Sums::new();
+    let mut jobs = collect_jobs(workspace, &wanted, &artifacts, &prepared, options, &mut sums)?;
+    // Without times of an earlier run, start with the last tiers, whose jobs take longest.
+    jobs.reverse();
+    for (tier, sum) in pool::run(jobs, &options.settings())? {
+        let all = sums.entry(tier).or_default();
+        all.counts.add(sum.counts);
+        all.took += sum.took;
+        all.busy += sum.busy;
+    }
+    for sum in sums.values() {
+        total.add(sum.counts);
+    }
+    if total.all() == 0 {
+        bail!("no test of these tiers matches: {}", options.filter.join(" "));
+    }
+    for (tier, sum) in sums {
+        let (took, busy) = (seconds(sum.took), seconds(sum.busy));
+        eprintln!("{tier}: {} ({took} of tests, {busy} of a processor)", sum.counts);
+    }
+    Ok(())
+}
+
+/// The results by the tier's name.
+type Sums = BTreeMap<&'static str, Sum>;
+
+/// Returns the jobs of the wanted tiers. What is known before any job has run, the budgets and the
+/// tiers that have to be skipped, is added to the results.
+fn collect_jobs(
+    workspace: &Workspace,
+    wanted: &[Tier],
+    artifacts: &[Artifact],
+    prepared: &Prepared,
+    options: &Options,
+    sums: &mut Sums,
+) -> Result<Vec<Job>> {
     let mut jobs = Vec::new();
-    for tier in wanted {
+    for tier in wanted.iter().copied() {
         let binaries: Vec<_> = artifacts
             .iter()
             .filter(|artifact| artifact.is_test_binary() && Tier::of(artifact) == tier)
@@ -166,10 +201,10 @@ fn run_tiers(
         match prepared.readiness(tier) {
             Readiness::Ready => {
                 let started = Instant::now();
-                let counts = check_budget(workspace, tier, &prepared);
+                let counts = check_budget(workspace, tier, prepared);
                 let _new = sums
                     .insert(tier.name(), Sum { counts, took: started.elapsed(), ..Sum::default() });
-                jobs.extend(jobs_of(workspace, tier, &binaries, &prepared, options)?);
+                jobs.extend(jobs_of(workspace, tier, &binaries, prepared, options)?);
             }
             Readiness::Skip(reason) => {
                 eprintln!("{tier}: skipped: {reason}");
@@ -181,7 +216,7 @@ fn run_tiers(
     if options.tiers.is_empty() && options.filter.is_empty() {
         jobs.push(simulation_job()?);
         match prepare::e2e() {
-            Readiness::Ready => jobs.push(brief_e2e_job(&prepared)?),
+            Readiness::Ready => jobs.push(brief_e2e_job(prepared)?),
             Readiness::Skip(reason) => {
                 eprintln!("e2e: skipped: {reason}");
                 let counts = count_skipped(&[], options);
@@ -189,31 +224,7 @@ fn run_tiers(
             }
         }
     }
-    // Without times of an earlier run, start with the last tiers, whose jobs take longest.
-    jobs.reverse();
-    for (tier, sum) in pool::run(jobs, &options.settings())? {
-        let all = sums.entry(tier).or_default();
-        all.counts.add(sum.counts);
-        all.took += sum.took;
-        all.busy += sum.busy;
-    }
-    let summary: Vec<_> = sums
-        .iter()
-        .map(|(tier, sum)| {
-            let (took, busy) = (seconds(sum.took), seconds(sum.busy));
-            format!("{tier}: {} ({took} of tests, {busy} of a processor)", sum.counts)
-        })
-        .collect();
-    for sum in sums.values() {
-        total.add(sum.counts);
-    }
-    if total.all() == 0 {
-        bail!("no test of these tiers matches: {}", options.filter.join(" "));
-    }
-    for line in summary {
-        eprintln!("{line}");
-    }
-    Ok(())
+    Ok(jobs)
 }
 
 /// Builds the test binaries of the wanted tiers.

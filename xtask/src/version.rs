@@ -1,4 +1,4 @@
-//! What a compiler prints when asked for its version.
+//! Reads what a compiler prints when asked for its version.
 
 use sluice_cluster::version::major_minor;
 

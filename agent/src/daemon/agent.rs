@@ -20,9 +20,10 @@ use sluice_core::cluster::{Cluster, Programmed};
 use sluice_core::model::{self, Event, Model, SourceId};
 use sluice_core::policy::Accelerate;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
+use super::audit::{self, Drift, Found, Part};
 use super::side_tasks::SideTasks;
 use super::sync::MapSync;
 use crate::daemon::monitor::metrics::Metrics;
@@ -34,6 +35,7 @@ use crate::daemon::takeover::{self, Takeover};
 use crate::node::dataplane::{Pins, RouteMtus};
 use crate::node::devices::own::Routable;
 use crate::node::devices::watch::Watched;
+use crate::node::difference::{self, State};
 use crate::node::ipsec;
 use crate::node::publish::{publish, publish_part};
 use crate::node::status::{self, PolicyStatus, StateDir, Status, unix_seconds};
@@ -41,18 +43,20 @@ use devices::DeviceTasks;
 pub use options::{Options, Reload};
 use prepare::{Programs, ReservedPorts, hold_fragments};
 
-/// How long further events are gathered before they are planned together.
+/// The time for which further events are gathered before they are planned together.
 const GATHER: Duration = Duration::from_millis(3);
 /// The shortest time between two writes of the status.
 const STATUS_PERIOD: Duration = Duration::from_secs(1);
-/// How often the agent checks whether its configuration has changed.
+/// The interval at which the agent checks whether its configuration has changed.
 const RELOAD_PERIOD: Duration = Duration::from_secs(5);
-/// How often the agent looks for IPsec policies, if packets may go around the stack.
+/// The interval at which the agent looks for IPsec policies, if packets may go around the stack.
 const IPSEC_PERIOD: Duration = Duration::from_secs(1);
+/// How often the next of the maps is compared with what it should hold: all of them within 16 s.
+const AUDIT_PERIOD: Duration = Duration::from_secs(1);
 /// The number of events that may wait between the sources and the loop.
 const EVENTS: usize = 16_384;
 
-/// Why the agent has ended.
+/// The reason why the agent has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
     /// It received SIGTERM or SIGINT.
@@ -68,7 +72,7 @@ pub enum Ended {
 ///
 /// # Errors
 ///
-/// When another agent runs, or the kernel refuses maps or programs.
+/// Fails if another agent runs, or the kernel refuses maps or programs.
 pub async fn run(options: Options) -> anyhow::Result<Ended> {
     let state = StateDir::take(&options.state_dir)?;
     let pins = Pins::new(&options.pin_path);
@@ -140,7 +144,7 @@ async fn stay_released(
     }
 }
 
-/// What the agent has before its programs are loaded.
+/// The state of the agent before its programs are loaded.
 struct Early {
     state: StateDir,
     status: Status,
@@ -168,7 +172,9 @@ fn start(
     let mut sync = MapSync::adopt(loaded.kernel, model, loaded.filled, Arc::clone(&metrics))?;
     // Adopted VIPs keep their routes until the sources say otherwise.
     let vips = sync.take_vips().unwrap_or_default();
+    let drift = Drift::new(early.state.claim()?, metrics.drift());
     let devices = DeviceTasks::start(devices::Start {
+        drift: drift.clone(),
         patterns: options.patterns,
         policy: options.policy,
         node_addresses: cluster.node_addresses(),
@@ -211,6 +217,8 @@ fn start(
         refused: None,
         is_status_due: true,
         logged_strays: BTreeSet::new(),
+        drifted: drift.subscribe(),
+        drift,
         state: early.state,
         status: early.status,
         is_status_unwritten: early.is_unwritten,
@@ -270,7 +278,7 @@ fn every(period: Duration) -> Interval {
     interval
 }
 
-/// What the loop does after it has handled an input.
+/// The action of the loop after it has handled an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Next {
     /// Bring the maps and the tasks up to date.
@@ -295,7 +303,7 @@ struct Agent {
     /// The settings that are programmed. Only the phase, the index of Sluice's own device and
     /// whether there is IPsec change.
     settings: Settings,
-    /// What the maps hold of settings and networks, or [`None`] if the last write failed.
+    /// The settings and networks in the maps, or [`None`] if the last write failed.
     programmed: Option<Programmed>,
     /// The directory where the maps are pinned.
     maps: PathBuf,
@@ -303,8 +311,11 @@ struct Agent {
     events: mpsc::Receiver<Event>,
     side_tasks: SideTasks,
     takeover: Takeover,
+    drift: Drift,
+    /// Wakes the loop when the audit has found something.
+    drifted: watch::Receiver<()>,
     reload: Reload,
-    /// Why changed options cannot be used.
+    /// The reason why changed options cannot be used.
     refused: Option<String>,
     /// Whether the status is to be written at the next tick.
     is_status_due: bool,
@@ -316,7 +327,7 @@ impl Agent {
     async fn run(mut self) -> anyhow::Result<Ended> {
         let mut signals = Signals::new()?;
         let (mut reload_tick, mut status_tick) = (every(RELOAD_PERIOD), every(STATUS_PERIOD));
-        let mut ipsec_tick = every(IPSEC_PERIOD);
+        let (mut ipsec_tick, mut audit_tick) = (every(IPSEC_PERIOD), every(AUDIT_PERIOD));
         let accelerate = self.devices.rules.borrow().policy.accelerate;
         loop {
             let retry = self.sync.retry_at();
@@ -333,6 +344,8 @@ impl Agent {
                 Ok(()) = self.takeover.progress.changed() => self.on_takeover_progress(),
                 Ok(()) = self.devices.own_device.changed() => self.on_own_device(),
                 Ok(()) = self.devices.attachments.changed() => self.on_attachments(),
+                Ok(()) = self.drifted.changed() => Next::Update,
+                _ = audit_tick.tick() => self.on_audit_tick(),
                 () = tokio::time::sleep_until(retry_at), if retry.is_some() => Next::Update,
                 _ = status_tick.tick(), if self.is_status_due => self.on_status_tick(),
             };
@@ -419,12 +432,44 @@ impl Agent {
         self.on_survey()
     }
 
+    /// Compares the next part of the maps with what they should hold, and repairs it.
+    fn on_audit_tick(&mut self) -> Next {
+        if !self.drift.may_repair() {
+            return if self.status.ready { Next::Update } else { Next::Wait };
+        }
+        let found = tokio::task::block_in_place(|| {
+            let mut found = self.sync.audit()?;
+            found.extend(self.audit_programmed());
+            Some(found)
+        });
+        if let Some(found) = found {
+            // Wakes the loop if anything was found.
+            self.drift.report(Part::Maps, found);
+        }
+        Next::Wait
+    }
+
+    /// Compares the settings and networks of the programs, and repairs them.
+    fn audit_programmed(&mut self) -> Vec<Found> {
+        let Some(wanted) = self.programmed else { return Vec::new() };
+        let maps = self.sync.maps();
+        let now = match maps.read_programmed() {
+            Ok(now) if now == Some(wanted) => return Vec::new(),
+            Ok(now) => now,
+            Err(error) => return vec![Found::new("settings", "it cannot be read", Err(error))],
+        };
+        let failure = maps.write_programmed(&wanted).err().map(|error| error.to_string());
+        let state = |programmed| State { programmed, ..State::default() };
+        let differences = difference::compare(&state(Some(wanted)), &state(now));
+        audit::maps(&differences, failure.as_deref())
+    }
+
     fn on_status_tick(&mut self) -> Next {
         if self.programmed.is_none() {
             self.follow_cluster();
         }
         self.sync.log_reports();
-        self.side_tasks.publish_object_events(&self.sync, &self.status.node);
+        self.side_tasks.publish_object_events(&self.sync, &self.status.node, &self.drift);
         self.report_status();
         self.is_status_due = self.programmed.is_none() || self.is_status_unwritten;
         Next::Wait

@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use sluice_common::abi::{self, previous::Round};
 use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
 
+use crate::daemon::audit::{Drift, Found, Part};
 use crate::node::backoff::Backoff;
 use crate::node::dataplane::{Attached, Error, Hooks, Target};
 use crate::node::devices::watch::Watched;
@@ -17,10 +19,12 @@ use crate::node::devices::{Device, Rules, Survey};
 use crate::node::publish::publish;
 use crate::node::status::{DeviceStatus, SocketPathStatus};
 
+/// The time between two audits of pins and programs. One costs a few microseconds for each.
+const AUDIT_PERIOD: Duration = Duration::from_secs(10);
 /// The pauses between retries.
 const RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
 
-/// What is attached, as the attacher reports it.
+/// The attached programs, as the attacher reports them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Attachments {
     /// The rules by which the devices were surveyed.
@@ -31,7 +35,7 @@ pub struct Attachments {
     pub sockets: SocketPathStatus,
     /// Whether all programs are attached, and nothing is to be retried.
     pub complete: bool,
-    /// What failed besides devices and sockets.
+    /// A failure that concerns neither devices nor sockets.
     pub problem: Option<String>,
 }
 
@@ -40,7 +44,7 @@ pub struct Attachments {
 pub struct Inputs {
     /// The devices.
     pub watched: watch::Receiver<Watched>,
-    /// Why VIPs are not routed, if they are not (see `routes::route_vips`).
+    /// The reason why VIPs are not routed, if they are not (see `routes::route_vips`).
     pub routing: watch::Receiver<Option<String>>,
     /// Whether the maps hold an image. Programs with empty maps would undo what an agent of another
     /// version still does.
@@ -58,6 +62,7 @@ pub struct Attacher {
     committed: bool,
     classifiers: u64,
     surveyed: bool,
+    drift: Drift,
 }
 
 /// A device with its programs.
@@ -71,7 +76,7 @@ struct AttachedDevice {
 impl Attacher {
     /// Makes an attacher. Without a cgroup, no socket program is attached.
     #[must_use]
-    pub fn new(hooks: Hooks, mode: &str, cgroup: Option<PathBuf>) -> Self {
+    pub(crate) fn new(hooks: Hooks, mode: &str, cgroup: Option<PathBuf>, drift: Drift) -> Self {
         Self {
             hooks,
             mode: mode.to_owned(),
@@ -81,6 +86,7 @@ impl Attacher {
             committed: false,
             classifiers: 0,
             surveyed: false,
+            drift,
         }
     }
 
@@ -90,6 +96,8 @@ impl Attacher {
             return;
         }
         let mut retry = RETRY;
+        let mut audit = tokio::time::interval(AUDIT_PERIOD);
+        audit.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let watched = inputs.watched.borrow_and_update().clone();
             let mut attachments = tokio::task::block_in_place(|| self.pass(&watched));
@@ -108,11 +116,89 @@ impl Attacher {
                 changed = inputs.watched.changed() => changed.is_err(),
                 changed = inputs.routing.changed() => changed.is_err(),
                 () = tokio::time::sleep(wait), if !complete => false,
+                _ = audit.tick() => {
+                    tokio::task::block_in_place(|| self.audit());
+                    false
+                }
             };
             if ended {
                 return;
             }
         }
+    }
+
+    /// Examines pins, programs and the map `devices`, and repairs what differs.
+    fn audit(&mut self) {
+        // Until everything is attached, and from one layout to another, much differs rightly.
+        if !self.committed || !self.drift.may_repair() {
+            return;
+        }
+        let restored = self.hooks.restore_map_pins();
+        let pins = restored.into_iter().map(|(map, what, repair)| Found::new(map, what, repair));
+        self.drift.report(Part::Pins, pins.collect());
+        self.drift.report(Part::Devices, self.audit_entries());
+        let mut hooks = self.audit_devices();
+        hooks.extend(self.audit_cgroup());
+        self.drift.report(Part::Hooks, hooks);
+    }
+
+    fn audit_entries(&self) -> Vec<Found> {
+        let wanted =
+            self.devices.iter().map(|(index, attached)| (*index, attached.device.entry)).collect();
+        let restored = match self.hooks.restore_devices(&wanted) {
+            Ok(restored) => restored,
+            Err(error) => return vec![Found::new("devices", "it cannot be compared", Err(error))],
+        };
+        let found = |(index, what, repair): (u32, &str, Result<(), Error>)| {
+            let name = self.devices.get(&index).map_or("unknown", |known| &known.device.name);
+            Found::new("devices", format!("ifindex {index} ({name}): {what}"), repair)
+        };
+        restored.into_iter().map(found).collect()
+    }
+
+    fn audit_devices(&mut self) -> Vec<Found> {
+        let mut found = Vec::new();
+        for AttachedDevice { device, attached, .. } in self.devices.values_mut() {
+            // What failed is retried, and reported by the status.
+            if !attached.errors.is_empty() {
+                continue;
+            }
+            let target = target(device);
+            let wrong = self.hooks.examine(&target, attached);
+            if wrong.is_empty() {
+                continue;
+            }
+            *attached = self.hooks.attach(&target);
+            // The device is gone, and the survey does not know it yet.
+            if attached.hooks.is_empty() && attached.errors.is_empty() {
+                continue;
+            }
+            let failure = attached.errors.first().map(ToString::to_string);
+            found.extend(wrong.into_iter().map(|(hook, what)| Found {
+                place: format!("{} {hook}", device.name),
+                what,
+                failure: failure.clone(),
+            }));
+        }
+        found
+    }
+
+    fn audit_cgroup(&mut self) -> Vec<Found> {
+        let Some(cgroup) = self.cgroup.as_ref().filter(|_| self.cgroup_attached) else {
+            return Vec::new();
+        };
+        let wrong = self.hooks.examine_cgroup(cgroup);
+        if wrong.is_empty() {
+            return Vec::new();
+        }
+        let failure = self.hooks.attach_cgroup(cgroup).err().map(|error| error.to_string());
+        self.cgroup_attached = failure.is_none();
+        let found = |(hook, what): (String, String)| Found {
+            place: format!("{} {hook}", cgroup.display()),
+            what,
+            failure: failure.clone(),
+        };
+        wrong.into_iter().map(found).collect()
     }
 
     /// Attaches what is missing, and detaches devices that are gone.

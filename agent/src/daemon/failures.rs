@@ -118,10 +118,10 @@ impl Watches {
 /// Logs each failing Service once, when it begins to fail and when it does no more.
 fn log(before: &FailingServices, now: &FailingServices) {
     for (name, failing) in now.iter().filter(|(name, _)| !before.contains_key(*name)) {
-        tracing::warn!("Service {}: {}", name.word(), failing.message);
+        tracing::warn!("Service {}: {}", name, failing.message);
     }
     for name in before.keys().filter(|name| !now.contains_key(*name)) {
-        tracing::info!("no longer: Service {}: no attempt has reached an endpoint", name.word());
+        tracing::info!("no longer: Service {}: no attempt has reached an endpoint", name);
     }
 }
 

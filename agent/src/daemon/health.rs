@@ -57,7 +57,7 @@ pub type IsHealthy = Arc<dyn Fn() -> bool + Send + Sync>;
 pub struct Inputs {
     /// The Services with a health check.
     pub checks: watch::Receiver<BTreeMap<ObjectName, HealthCheck>>,
-    /// Where health checks are answered.
+    /// The addresses at which health checks are answered.
     pub addresses: watch::Receiver<Addresses>,
     /// Whether the proxy works.
     pub is_healthy: IsHealthy,
@@ -65,8 +65,8 @@ pub struct Inputs {
     pub(crate) room: Room,
 }
 
-/// Why a Service's health check is not answered everywhere. The load balancer may consider the node
-/// dead.
+/// The reason why a Service's health check is not answered everywhere. The load balancer may
+/// consider the node dead.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     /// The port of the health check.

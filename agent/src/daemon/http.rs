@@ -30,11 +30,11 @@ pub(crate) use room::Room;
 /// bursts, so that nobody has to wait for a retransmission. The kernel uses `net.core.somaxconn` if
 /// that is less.
 const BACKLOG: i32 = 1_024;
-/// How long a request's header may take to arrive, including the time between requests.
+/// The time that a request's header may take to arrive, including the time between requests.
 const HEADER: Duration = Duration::from_secs(5);
-/// How long a connection is kept for further requests, so that nobody holds one for good.
+/// The time for which a connection is kept for further requests, so that nobody holds one for good.
 const AGE: Duration = Duration::from_mins(1);
-/// How long an answer may take once its listener is closed or its connection is too old.
+/// The time that an answer may take once its listener is closed or its connection is too old.
 const LAST_ANSWER: Duration = Duration::from_secs(5);
 /// The largest header of a request, and the size of its buffer, in bytes.
 const HEADER_MAX: usize = 8 * 1024;

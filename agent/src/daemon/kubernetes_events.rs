@@ -26,21 +26,21 @@ use crate::daemon::health::{Failure, Failures};
 const SETTLE: Duration = Duration::from_secs(2);
 /// The first attempts of the nodes are spread over this time.
 const SPREAD: Duration = Duration::from_secs(8);
-/// When an Event that still holds is written again: a little after the API server has forgotten it
-/// by default.
+/// The age at which an Event that still holds is written again: a little after the API server has
+/// forgotten it by default.
 const AGAIN: Duration = Duration::from_mins(65);
 /// The same for notices: most nodes may see them in a healthy cluster.
 const NOTICE_AGAIN: Duration = Duration::from_hours(24);
 /// The later attempts of the nodes are spread over this time.
 const AGAIN_SPREAD: Duration = Duration::from_mins(10);
-/// When a failed attempt is repeated.
+/// The time after which a failed attempt is repeated.
 const RETRY: Duration = Duration::from_mins(15);
 /// The attempts that may follow each other immediately. After that there is one per [`REFILL`]. An
 /// attempt is a list of one object and a create.
 const BURST: u32 = 20;
 /// The time in which the bucket gets one more attempt.
 const REFILL: Duration = Duration::from_secs(30);
-/// How long an attempt may take.
+/// The time that an attempt may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// A Service has an Event only after it has been failing for this long.
 const FAILING_MIN: Duration = Duration::from_secs(30);
@@ -217,7 +217,7 @@ pub trait EventWriter: Send + Sync + 'static {
     fn write(&self, object_event: &ObjectEvent) -> impl Future<Output = Outcome> + Send;
 }
 
-/// What to do next.
+/// The next action.
 #[derive(Debug, PartialEq, Eq)]
 enum Next {
     /// Write this now.
@@ -228,7 +228,7 @@ enum Next {
     Rest,
 }
 
-/// What is known of a finding.
+/// The known facts about a finding.
 #[derive(Debug)]
 struct Known {
     due: Instant,

@@ -51,7 +51,7 @@ pub(crate) fn start(verbosity: u8, format: LogFormat) {
 ///
 /// # Errors
 ///
-/// When this process has not started a log.
+/// Fails if this process has not started a log.
 pub(crate) fn set(verbosity: u8) -> Result<(), String> {
     let handle = FILTER.get().ok_or("this process has not started a log")?;
     handle.reload(EnvFilter::new(filter(verbosity))).map_err(|error| error.to_string())

@@ -45,14 +45,14 @@ const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_s
 
 pub use traffic::Detail;
 
-/// Where monitoring is answered, and how much. An empty list means nowhere.
+/// The addresses at which monitoring is answered, and its detail. An empty list means nowhere.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
     /// `/healthz` and `/livez`.
     pub healthz: Vec<SocketAddr>,
     /// `/metrics` and `/proxyMode`.
     pub metrics: Vec<SocketAddr>,
-    /// What has series of its own.
+    /// The objects that have series of their own.
     pub detail: Detail,
 }
 
@@ -64,7 +64,7 @@ pub(crate) struct Liveness(Mutex<State>);
 struct State {
     /// Since when the maps have been behind the sources, if they are.
     behind: Option<Instant>,
-    /// When the maps were last in step with the sources.
+    /// The time at which the maps were last in step with the sources.
     updated: SystemTime,
     /// Whether the maps hold an image. Without one, nothing is served.
     serves: bool,

@@ -4,12 +4,14 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use sluice_core::model::HealthCheck;
 use sluice_core::model::object::ObjectName;
 use sluice_core::policy::Policy;
 use tokio::sync::watch;
 
+use super::audit::Drift;
 use super::failures::{self, Failing, FailingServices};
 use super::sync::MapSync;
 use crate::daemon::health::{self, Addresses, Failures, Inputs};
@@ -91,10 +93,11 @@ impl SideTasks {
         }
     }
 
-    /// Publishes the Events about problems with objects.
-    pub(super) fn publish_object_events(&self, sync: &MapSync, node: &str) {
+    /// Publishes the Events about problems with objects, and about drift of this node.
+    pub(super) fn publish_object_events(&self, sync: &MapSync, node: &str, drift: &Drift) {
         let Some(sender) = &self.object_events else { return };
-        let now = sync.object_events(node, &self.failures.borrow(), &self.failing.borrow());
+        let mut now = sync.object_events(node, &self.failures.borrow(), &self.failing.borrow());
+        drift.add_events(node, SystemTime::now(), &mut now);
         let _ = publish(sender, Arc::new(now));
     }
 

@@ -2,8 +2,10 @@
 
 pub mod decode;
 pub mod kubernetes;
+pub mod lint;
 mod lists;
 pub mod manifests;
+pub mod names;
 mod yaml;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +14,7 @@ use std::time::SystemTime;
 /// The state of a source.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Health {
-    /// When the source last got an answer from where its objects come from.
+    /// The time at which the source last got an answer from the server or directory of its objects.
     pub answered: Option<SystemTime>,
     /// The error since then and when it began, or [`None`] if there is none.
     pub failure: Option<(String, SystemTime)>,

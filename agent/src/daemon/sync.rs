@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use sluice_common::abi::frontend;
 use sluice_common::{V4, V6};
 use sluice_core::image::{
-    Dataplane, EntryWrite, FamilyWrite, Image, ReadError, Reconciler, Stack, Write,
+    Dataplane, EntryWrite, FamilyWrite, Image, ReadError, Reconciler, Stack, Write, diff,
 };
 use sluice_core::model::object::ObjectName;
 use sluice_core::model::report::{Flaw, Level};
@@ -16,6 +16,7 @@ use sluice_core::model::{Event, HealthCheck, Model, SourceId};
 use sluice_core::plan::{Plan, node_ports_of_bits};
 use tokio::time::Instant;
 
+use crate::daemon::audit::{self, Found};
 use crate::daemon::failures::FailingServices;
 use crate::daemon::health::Failures;
 use crate::daemon::kubernetes_events::{self, ObjectEvents};
@@ -24,12 +25,22 @@ use crate::node::backoff::Backoff;
 use crate::node::conntrack::UdpFrontends;
 use crate::node::dataplane::{Kernel, Maps};
 use crate::node::devices::own::Vips as RoutedVips;
+use crate::node::difference::{self, State};
 use crate::node::status::{Counts, ReportStatus, SyncStatus, unix_seconds};
 
 /// The pauses between retries of failed writes.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
 /// After so many failures in a row, the maps are read again and only the difference is written.
 const RESYNC_AFTER: u32 = 4;
+
+/// How far the audit of the maps is.
+#[derive(Debug, Default)]
+struct Audit {
+    /// The next step.
+    step: usize,
+    /// The steps whose maps could not be read, and why.
+    unreadable: BTreeMap<usize, String>,
+}
 
 /// Applies events to the maps.
 #[derive(Debug)]
@@ -49,6 +60,7 @@ pub(super) struct MapSync {
     retry: Backoff,
     retry_at: Option<Instant>,
     last: Option<SyncStatus>,
+    audit: Audit,
     /// The reports that have been logged.
     logged: BTreeSet<String>,
     metrics: Arc<Metrics>,
@@ -79,6 +91,7 @@ impl MapSync {
             retry: RETRY,
             retry_at: None,
             last: None,
+            audit: Audit::default(),
             logged: BTreeSet::new(),
             metrics,
         })
@@ -171,6 +184,59 @@ impl MapSync {
                 }
             }
         }
+    }
+
+    /// Compares the next of the plan's maps with the plan, and repairs all of them if it differs.
+    /// Returns what was found. Does nothing while writes wait: the maps are not as planned then.
+    pub(super) fn audit(&mut self) -> Option<Vec<Found>> {
+        if !self.filled || self.reconciler.due() != 0 {
+            return None;
+        }
+        let step = self.audit.step;
+        self.audit.step = (step + 1) % Kernel::AUDIT_STEPS;
+        let mut found = Vec::new();
+        match self.reconciler.dataplane.holds(step, self.plan.image()) {
+            Ok(is_held) => {
+                let _ = self.audit.unreadable.remove(&step);
+                if !is_held {
+                    found = self.repair();
+                }
+            }
+            Err(error) => drop(self.audit.unreadable.insert(step, error.to_string())),
+        }
+        let unreadable = self.audit.unreadable.iter();
+        found.extend(unreadable.map(|(step, error)| {
+            Found::new(format!("of audit step {step}"), "it cannot be compared", Err(error))
+        }));
+        Some(found)
+    }
+
+    /// Reads the maps, and writes what differs from the plan.
+    fn repair(&mut self) -> Vec<Found> {
+        let image = match self.reconciler.dataplane.read() {
+            Ok(image) => image,
+            Err(error) => return vec![Found::new("(all)", "they cannot be read", Err(error))],
+        };
+        let wanted = self.plan.image();
+        let writes = diff(&image, wanted);
+        let differences = difference::compare(
+            &State { image: wanted.clone(), ..State::default() },
+            &State { image, ..State::default() },
+        );
+        if writes.is_empty() {
+            return Vec::new();
+        }
+        let count = writes.len();
+        // These writes change no VIP of the plan.
+        self.reconciler.push(writes);
+        self.write(count, Instant::now());
+        let found = audit::maps(&differences, self.failing.as_deref());
+        if found.is_empty() {
+            // A bit that outlives its frontend is no difference to people.
+            let repair = self.failing.clone().map_or(Ok(()), Err);
+            return vec![Found::new("addresses", "bits of removed frontends differ", repair)];
+        }
+        found
     }
 
     fn push(&mut self, writes: Vec<Write>) {

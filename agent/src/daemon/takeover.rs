@@ -48,7 +48,7 @@ use request::Request;
 
 /// The name of the phase of a released node.
 pub(crate) const RELEASED: &str = "released";
-/// How often the thread checks for requests.
+/// The interval at which the thread checks for requests.
 const LOOK: Duration = Duration::from_millis(250);
 /// The shortest time between two listings. The pause after a listing is at least this many times as
 /// long as the listing took.
@@ -57,13 +57,14 @@ const REST: u32 = 20;
 /// A datagram flow that conntrack would forget within this time after the next listing is no longer
 /// netfilter's: its next datagram would find neither an entry nor a rule.
 const MARGIN: Duration = Duration::from_secs(3);
-/// How long packets that a program handled in the last phase may be on their way to netfilter.
+/// The time for which packets that a program handled in the last phase may be on their way to
+/// netfilter.
 const GRACE: Duration = Duration::from_millis(100);
 /// The attempts to get a complete listing. The kernel interrupts one if the table is resized.
 const LISTINGS: u32 = 10;
-/// How long conntrack keeps an idle connection that was entered: its own default.
+/// The time for which conntrack keeps an idle connection that was entered: its own default.
 const TRACKED: Duration = Duration::from_hours(120);
-/// How long kube-proxy must be absent to count as stopped, and not as restarting.
+/// The time for which kube-proxy must be absent to count as stopped, and not as restarting.
 const AWAY: Duration = Duration::from_secs(10);
 /// The thread's progress, as it reports it to the agent's loop.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -107,7 +108,7 @@ pub(crate) fn initial_phase(adopted: Option<u32>, flag: bool, request: Option<Re
 ///
 /// # Errors
 ///
-/// When the thread cannot be started.
+/// Fails if the thread cannot be started.
 pub(crate) fn start(word: u32, maps: PathBuf, state_dir: PathBuf) -> anyhow::Result<Takeover> {
     // A kernel whose tables cannot be listed has none of Sluice's.
     let holding = rules::find().is_ok_and(|found| found.holding);
@@ -207,7 +208,7 @@ struct Worker {
     is_idle: bool,
     /// The time from one listing to the next.
     interval: Duration,
-    /// When kube-proxy was last seen running.
+    /// The time at which kube-proxy was last seen running.
     seen_running: Option<Instant>,
 }
 
@@ -548,7 +549,7 @@ impl Worker {
     }
 }
 
-/// What an operator has to do about rules that remain.
+/// The request to an operator if rules remain.
 pub(crate) const STOP: &str = "kube-proxy to be stopped, so that its rules can be removed (then run `sluice takeover --finish`)";
 pub(crate) const LEGACY: &str = "kube-proxy's chains in legacy iptables to be removed: stop it and run `kube-proxy --cleanup` (Sluice cannot remove them over netlink)";
 

@@ -183,7 +183,7 @@ pub struct Progress {
     pub deleted: [u64; 2],
     /// The duration of the last pass.
     pub took: Duration,
-    /// What failed and is retried, as text.
+    /// The failure that is retried, as text.
     pub problem: Option<String>,
 }
 

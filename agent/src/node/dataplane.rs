@@ -5,6 +5,7 @@
 //! finds the maps and links, reads the image back, and repairs the difference.
 
 mod attempts;
+mod audit;
 mod bpf;
 mod cleanup;
 pub mod clsact;

@@ -53,8 +53,10 @@ const PAIRS: [&str; 2] = ["veth", "netkit"];
 /// Kinds whose devices drop whatever they send.
 const DEAD_ENDS: [&str; 3] = ["dummy", "ifb", "nlmon"];
 
-/// What a device is to Sluice; the numbers are those of [`abi::device`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+/// The role of a device for Sluice; the numbers are those of [`abi::device`].
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, schemars::JsonSchema, Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// The host's end of a pod's link.
@@ -158,7 +160,7 @@ pub struct LinkAddress {
     pub unusable: bool,
 }
 
-/// What netlink reports about this network namespace.
+/// The facts about this network namespace that netlink reports.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
     /// ifindex -> link.
@@ -169,7 +171,7 @@ pub struct Facts {
     pub default_routes: BTreeSet<u32>,
 }
 
-/// What flags and the Node object say about this node.
+/// The rules for this node that follow from flags and the Node object.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
     /// The roles of devices that flags name.
@@ -195,7 +197,7 @@ pub struct Device {
     pub veth: bool,
 }
 
-/// What follows from facts and rules.
+/// The conclusions from facts and rules.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Survey {
     /// ifindex -> device; only devices with a role.

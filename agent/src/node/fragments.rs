@@ -26,11 +26,11 @@ use crate::node::dataplane::Datagrams;
 use socket::Socket;
 use waiting::{Kept, Waiting};
 
-/// How long a fragment waits for its datagram's first one.
+/// The time for which a fragment waits for its datagram's first one.
 const WAIT: Duration = Duration::from_millis(500);
-/// How often waiting fragments are checked.
+/// The interval at which waiting fragments are checked.
 const LOOK: Duration = Duration::from_millis(2);
-/// How often fragments are requested from the programs.
+/// The interval at which fragments are requested from the programs.
 const ATTEND: Duration = Duration::from_secs(1);
 /// The most frames that are received between two checks, which bounds the cost of a flood.
 const BURST: usize = 256;
@@ -57,7 +57,7 @@ struct Keeper {
     socket: Socket,
     datagrams: Datagrams,
     waiting: Waiting,
-    /// When fragments were last requested.
+    /// The time at which fragments were last requested.
     attended: Instant,
 }
 

@@ -40,7 +40,7 @@ pub enum PortsError {
     Read {
         /// The setting.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         cause: io::Error,
     },
     /// Nearly all ports of the node's own sockets are those of masqueraded clients.
@@ -52,7 +52,7 @@ pub enum PortsError {
     Narrow {
         /// The range.
         range: String,
-        /// How many ports are left.
+        /// The number of ports that are left.
         left: usize,
     },
     /// With the node ports hardly a port would be left to the node's own sockets.
@@ -62,11 +62,11 @@ pub enum PortsError {
          sysctl -w net.ipv4.ip_local_port_range=\"32768 60999\""
     )]
     NodePorts {
-        /// How many of them.
+        /// Their number.
         count: usize,
         /// The range.
         range: String,
-        /// How many ports would be left.
+        /// The number of ports that would be left.
         left: usize,
     },
     /// A setting cannot be written.
@@ -80,19 +80,19 @@ pub enum PortsError {
         ports: String,
         /// The setting.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         cause: io::Error,
-        /// What it should be.
+        /// The value that it should have.
         wanted: String,
     },
     /// The record of added ports cannot be read, written or removed.
     #[error("cannot {action} {path}, the record of reserved ports: {cause}")]
     Record {
-        /// What was tried.
+        /// The action that was tried.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         cause: io::Error,
     },
     /// The added ports cannot be removed again.
@@ -102,7 +102,7 @@ pub enum PortsError {
         ports: String,
         /// The setting.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         cause: io::Error,
     },
 }

@@ -6,8 +6,9 @@ use std::io::{self, Write as _};
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
@@ -62,7 +63,7 @@ pub fn unix_seconds(time: SystemTime) -> u64 {
 }
 
 /// The content of `status.json`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct Status {
     /// The node's name.
     pub node: String,
@@ -70,46 +71,67 @@ pub struct Status {
     pub pid: u32,
     /// The agent's version.
     pub version: String,
-    /// When the agent started, in seconds since 1970.
+    /// The time at which the agent started, in seconds since 1970.
     pub started: u64,
     /// Its command line, for commands that have to decide as it does.
     #[serde(default)]
     pub invocation: Invocation,
     /// Whether the maps and hooks are as they should be.
     pub ready: bool,
-    /// Why it is not ready, as text; empty if it is.
+    /// The reasons why it is not ready, as text; empty if it is.
     pub waiting_for: Vec<String>,
     /// The sources of objects.
     pub sources: Vec<SourceStatus>,
-    /// How much the maps are planned to hold.
+    /// The planned content of the maps, in numbers.
     pub counts: Counts,
     /// The devices with a role.
     pub devices: Vec<DeviceStatus>,
     /// The socket path.
     pub socket_path: SocketPathStatus,
-    /// What was decided about traffic, and which addresses that means.
+    /// The decisions about traffic, and the addresses that follow from them.
     #[serde(default)]
     pub policy: PolicyStatus,
-    /// How far a takeover or release is.
+    /// The progress of a takeover or release.
     #[serde(default)]
     pub takeover: TakeoverStatus,
-    /// What is wrong with objects.
+    /// The problems with objects.
     pub reports: Vec<ReportStatus>,
     /// The last change of the maps.
     pub last_sync: Option<SyncStatus>,
-    /// Why writes fail and are retried, as text.
+    /// The reason why writes fail and are retried, as text.
     pub failing: Option<String>,
-    /// What else fails and is retried.
+    /// Other failures that are retried.
     #[serde(default)]
     pub problems: Vec<String>,
+    /// What was not as the agent had made it, the latest first.
+    #[serde(default)]
+    pub drift: Vec<DriftStatus>,
+}
+
+/// A place that was not as the agent had made it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
+pub struct DriftStatus {
+    /// `map`, `pin`, `hook`, `device`, `route` or `setting`.
+    pub what: String,
+    /// Which one.
+    pub place: String,
+    /// What was found there last, as text.
+    pub found: String,
+    /// How often, since the agent started.
+    pub times: u64,
+    /// When it was last found, in seconds since 1970.
+    pub at: u64,
+    /// Why it is not repaired; [`None`] if it is.
+    pub problem: Option<String>,
 }
 
 /// A takeover from kube-proxy, or a release back to it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct TakeoverStatus {
     /// `serving`, `passive`, `importing`, `draining` or `released`.
     pub phase: String,
-    /// What the next step waits for; [`None`] if there is no next step or it waits for nothing.
+    /// The condition that the next step waits for; [`None`] if there is no next step or it waits
+    /// for nothing.
     pub waiting_for: Option<String>,
     /// The number of TCP and SCTP connections that netfilter still translates.
     pub connections: u64,
@@ -121,12 +143,12 @@ pub struct TakeoverStatus {
     pub kube_proxy: Option<String>,
     /// Whether our own table holds netfilter's connections.
     pub holding: bool,
-    /// What fails and is retried.
+    /// The failure that is retried.
     pub problem: Option<String>,
 }
 
 /// A command line.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct Invocation {
     /// Its words, from the subcommand on. Flags of kube-proxy are translated to ours.
     pub arguments: Vec<String>,
@@ -147,7 +169,7 @@ impl Invocation {
 }
 
 /// A source of objects.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct SourceStatus {
     /// `manifests` or `kubernetes`.
     pub name: String,
@@ -155,14 +177,16 @@ pub struct SourceStatus {
     pub from: String,
     /// Whether it has delivered its first full list.
     pub synced: bool,
-    /// When it last delivered something, in seconds since 1970.
+    /// The time at which it last delivered something, in seconds since 1970.
     pub heard: Option<u64>,
-    /// What is wrong with it; [`None`] if nothing is.
+    /// Its problem; [`None`] if it has none.
     pub problem: Option<String>,
 }
 
-/// How much the maps hold.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// The content of the maps, in numbers.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize,
+)]
 pub struct Counts {
     /// Frontends (VIP, port and protocol).
     pub frontends: usize,
@@ -173,7 +197,7 @@ pub struct Counts {
 }
 
 /// A device with a role.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct DeviceStatus {
     /// Its ifindex.
     pub index: u32,
@@ -181,33 +205,33 @@ pub struct DeviceStatus {
     pub name: String,
     /// Its role.
     pub role: Role,
-    /// How each program is attached.
+    /// The way in which each program is attached.
     pub hooks: Vec<How>,
-    /// What failed and is retried.
+    /// The failure that is retried.
     pub problem: Option<String>,
-    /// What is not attached and need not be.
+    /// Programs that are not attached and need not be.
     pub notes: Vec<String>,
 }
 
 /// The socket path's programs.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct SocketPathStatus {
     /// `all`, `host` or `off`.
     pub mode: String,
     /// The cgroup that they are attached to.
     pub cgroup: Option<PathBuf>,
-    /// What failed and is retried.
+    /// The failure that is retried.
     pub problem: Option<String>,
 }
 
-/// What was decided about traffic, and which addresses that means.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// The decisions about traffic, and the addresses that follow from them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct PolicyStatus {
     /// `needed`, `kube-proxy` or `all`.
     pub masquerade: String,
-    /// How a client is known to be a local pod, as in the flag.
+    /// The way to detect that a client is a local pod, as in the flag.
     pub detect_local: String,
-    /// Where node ports are served, as in the flag.
+    /// The addresses that serve node ports, as in the flag.
     pub nodeport_addresses: String,
     /// The node's addresses at which node ports are served.
     pub serving: Vec<IpAddr>,
@@ -227,28 +251,28 @@ pub struct PolicyStatus {
 pub const ENDPOINTS_FAIL: &str = "endpoints_fail";
 
 /// Something wrong with an object.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct ReportStatus {
     /// `problem` or `notice`.
     pub level: String,
-    /// What is wrong, as a word: a flaw's, or [`ENDPOINTS_FAIL`].
+    /// The problem, as a word: a flaw's, or `endpoints_fail`.
     pub flaw: String,
     /// The object.
     pub subject: String,
     /// The field's path; empty if it is the whole.
     pub field: String,
-    /// What was found and what follows from it, as text.
+    /// The finding and its consequence, as text.
     pub message: String,
-    /// When it was first noticed, in seconds since 1970.
+    /// The time at which it was first noticed, in seconds since 1970.
     pub since: u64,
 }
 
 /// A change of the maps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct SyncStatus {
-    /// When it ended, in seconds since 1970.
+    /// The time at which it ended, in seconds since 1970.
     pub at: u64,
-    /// How long it took, microseconds.
+    /// Its duration in microseconds.
     pub took_us: u64,
     /// The number of writes.
     pub writes: usize,
@@ -300,6 +324,16 @@ impl StateDir {
         Ok(Self { path: path.to_owned(), lock })
     }
 
+    /// Returns the claim to the node that this directory's lock makes.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the lock file cannot be inspected.
+    pub fn claim(&self) -> io::Result<Claim> {
+        let lock = self.lock.metadata()?;
+        Ok(Claim { file: Some((self.path.join("lock"), lock.dev(), lock.ino())) })
+    }
+
     /// Writes the status atomically. If that fails, the old status is removed, since readers would
     /// take it for the present one.
     ///
@@ -338,6 +372,35 @@ impl StateDir {
     }
 }
 
+/// A running agent's claim to the node: its lock, which `sluice cleanup --force` removes under it,
+/// and which another agent may have after that.
+#[derive(Clone, Debug, Default)]
+pub struct Claim {
+    /// The lock file with its device and inode. Without one, the claim always holds.
+    file: Option<(PathBuf, u64, u64)>,
+}
+
+impl Claim {
+    /// Whether the lock file is still the one that was locked.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.file.as_ref().is_none_or(|(path, device, inode)| {
+            fs::metadata(path).is_ok_and(|now| (now.dev(), now.ino()) == (*device, *inode))
+        })
+    }
+
+    /// Describes what follows if it is no longer held.
+    #[must_use]
+    pub fn lost(&self) -> String {
+        let path = self.file.as_ref().map(|(path, _, _)| path.display().to_string());
+        format!(
+            "this agent's restart: its lock {} was removed, by `sluice cleanup --force` or by \
+             something that tidies up, so it repairs nothing any more",
+            path.unwrap_or_default()
+        )
+    }
+}
+
 /// Checks that only root may change a state directory, if there is one.
 ///
 /// # Errors
@@ -352,6 +415,8 @@ pub fn check(path: &Path) -> io::Result<()> {
     })
 }
 
+/// More than the repair of a node's programs, pins and routes takes.
+const REPAIR_MAX: Duration = Duration::from_millis(500);
 /// The byte of the lock file that an agent locks for as long as it lives.
 const LIVES: i64 = 0;
 /// The byte that it locks once the directory contains no status but its own.
@@ -409,6 +474,25 @@ pub fn of_living(path: &Path) -> Option<Status> {
 #[must_use]
 pub fn read(path: &Path) -> Option<Status> {
     serde_json::from_slice(&fs::read(path.join("status.json")).ok()?).ok()
+}
+
+/// Removes the lock of a state directory, so that an agent that runs all the same repairs nothing
+/// of what is removed next. Waits until a repair that it is at has ended.
+///
+/// # Errors
+///
+/// Fails if the lock cannot be removed.
+pub fn revoke(path: &Path) -> io::Result<()> {
+    let is_alive = is_alive(path);
+    match fs::remove_file(path.join("lock")) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => {
+            if is_alive {
+                std::thread::sleep(REPAIR_MAX);
+            }
+            Ok(())
+        }
+    }
 }
 
 /// Removes a state directory that no agent uses.

@@ -53,7 +53,7 @@ pub(crate) struct BackendView {
     pub(crate) failures: Failures,
 }
 
-/// What was counted of one backend, or of several.
+/// The counters of one backend, or of several.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Sums {
     /// Counters per packet, and the calls.
@@ -84,7 +84,7 @@ impl Sums {
 }
 
 /// A Service's port in words.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, schemars::JsonSchema)]
 pub(crate) struct PortName {
     /// The Service's namespace.
     pub(crate) namespace: String,
@@ -100,9 +100,21 @@ pub(crate) struct PortName {
 }
 
 impl PortName {
-    /// Whether a word names this service: `name` or `namespace/name`, perhaps with `:port`.
+    /// Returns the Service, as `namespace/name`.
+    #[must_use]
+    pub(crate) fn service(&self) -> String {
+        format!("{}/{}", self.namespace, self.service)
+    }
+
+    /// Whether a word names this service: `name` or `namespace/name`, perhaps with `svc/` before
+    /// it and `:port` after it.
     #[must_use]
     pub(crate) fn is(&self, word: &str) -> bool {
+        let plain = SERVICE_PREFIXES.iter().find_map(|prefix| word.strip_prefix(prefix));
+        self.is_named(word) || plain.is_some_and(|word| self.is_named(word))
+    }
+
+    fn is_named(&self, word: &str) -> bool {
         let (service, port) =
             word.split_once(':').map_or((word, None), |(service, port)| (service, Some(port)));
         let (namespace, name) =
@@ -113,15 +125,17 @@ impl PortName {
     }
 }
 
-impl PortName {
-    /// Returns `namespace/name:port`, with the port's name if it has one.
-    #[must_use]
-    pub(crate) fn word(&self) -> String {
+/// What kubectl takes before the name of a Service.
+pub(crate) const SERVICE_PREFIXES: [&str; 3] = ["svc/", "service/", "services/"];
+
+/// `namespace/name:port`, with the port's name if it has one.
+impl std::fmt::Display for PortName {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { namespace, service, label, port, .. } = self;
         if label.is_empty() {
-            format!("{namespace}/{service}:{port}")
+            write!(formatter, "{namespace}/{service}:{port}")
         } else {
-            format!("{namespace}/{service}:{label}")
+            write!(formatter, "{namespace}/{service}:{label}")
         }
     }
 }
@@ -181,7 +195,7 @@ pub(crate) fn open(pin_path: &Path) -> anyhow::Result<Kernel> {
 ///
 /// # Errors
 ///
-/// When it is in another one, or the maps cannot be read.
+/// Fails if it is in another one, or the maps cannot be read.
 pub(crate) fn check_namespace(kernel: &Kernel) -> anyhow::Result<()> {
     let wanted = kernel.maps().read_programmed()?.map_or(0, |all| all.settings.host_netns);
     // A kernel before Linux 5.14 has no cookies, and maps that no agent has filled have none.
@@ -313,10 +327,12 @@ mod tests {
 
     #[test]
     fn a_service_is_named_with_or_without_namespace_and_port() {
-        for word in ["web", "shop/web", "web:80", "shop/web:http"] {
+        for word in ["web", "shop/web", "web:80", "shop/web:http", "svc/web", "service/shop/web:80"]
+        {
             assert!(name().is(word), "{word}");
         }
-        for word in ["we", "other/web", "web:81", "shop/web:https"] {
+        assert_eq!(name().to_string(), "shop/web:http");
+        for word in ["we", "other/web", "web:81", "shop/web:https", "svc/other/web"] {
             assert!(!name().is(word), "{word}");
         }
     }

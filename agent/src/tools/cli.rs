@@ -5,14 +5,20 @@ mod backends;
 mod cleanup;
 mod conntrack;
 mod diff;
+mod examples;
 mod explain;
 mod flows;
+mod jsonpath;
 mod kube_proxy;
 mod monitor;
+mod names;
+mod output;
 mod pause;
+mod plan;
 mod policy;
 mod preflight;
 mod services;
+mod shell;
 mod sizes;
 mod status;
 mod table;
@@ -20,43 +26,52 @@ mod takeover;
 mod top;
 mod trace;
 mod validate;
+mod version;
 
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 
 use crate::node::dataplane::Pins;
 use crate::node::status::{PIN_PATH, check as check_state_dir, state_dir};
+use crate::tools::api::Schemas;
 use agent::AgentArgs;
 use diff::DiffArgs;
 use explain::ExplainArgs;
 use kube_proxy::{Expanded, expand};
+use names::NamesArgs;
+use output::{ListArgs, Output};
+use plan::PlanArgs;
 use preflight::PreflightArgs;
-use table::Format;
 use takeover::{ReleaseArgs, TakeoverArgs};
 use top::TopArgs;
 use trace::TraceArgs;
 use validate::ValidateArgs;
+use version::VersionArgs;
+
+/// The heading of flags that every command takes.
+const GLOBAL: &str = "Global options";
 
 /// Sluice, an in-kernel Service load balancer for Kubernetes nodes under any CNI.
 #[derive(Debug, Parser)]
 #[command(name = "sluice", version, max_term_width = 100)]
 pub struct Cli {
     /// The directory where maps and links are pinned. Each agent has its own.
-    #[arg(long, global = true, value_name = "DIR", env = "SLUICE_PIN_PATH", default_value = PIN_PATH)]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "DIR", env = "SLUICE_PIN_PATH", default_value = PIN_PATH)]
     pin_path: PathBuf,
     /// The directory of the agent's lock and status.json [default: /run/sluice, or a directory in
     /// it if --pin-path is given].
-    #[arg(long, global = true, value_name = "DIR", env = "SLUICE_STATE_DIR")]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "DIR", env = "SLUICE_STATE_DIR")]
     state_dir: Option<PathBuf>,
     /// Where kernel settings are written. An unprivileged container has a read-only /proc/sys, and
     /// can be given the node's, mounted elsewhere.
     #[arg(
         long,
         global = true,
+        help_heading = GLOBAL,
         value_name = "DIR",
         env = "SLUICE_PROC_SYS",
         default_value = "/proc/sys"
@@ -77,50 +92,63 @@ enum Command {
     /// kube-proxy's flags and its configuration (--config FILE, a KubeProxyConfiguration) are
     /// accepted. One warning names the settings that have no meaning here. Flags take precedence
     /// over the file. The agent restarts in place when the file changes, and on SIGHUP.
+    #[command(after_help = examples::AGENT)]
     Agent(Box<AgentArgs>),
     /// Show the state of this node.
     ///
     /// The exit code is 0 if the node is ready, else 1.
+    #[command(after_help = examples::STATUS)]
     Status {
         #[command(flatten)]
         output: Output,
     },
     /// List services with their counters.
-    #[command(visible_alias = "svc")]
+    #[command(visible_alias = "svc", after_help = examples::SERVICES)]
     Services {
-        /// List only services of this namespace.
-        #[arg(short, long, value_name = "NAMESPACE")]
-        namespace: Option<String>,
+        /// List only this service: name, namespace/name or either with :port.
+        service: Option<String>,
         #[command(flatten)]
-        output: Output,
+        list: ListArgs,
+        #[command(flatten)]
+        names: NamesArgs,
     },
     /// List backends with their share of new flows and their counters.
+    #[command(after_help = examples::BACKENDS)]
     Backends {
         /// List only backends of this service: name, namespace/name or either with :port.
         service: Option<String>,
         #[command(flatten)]
-        output: Output,
+        list: ListArgs,
+        #[command(flatten)]
+        names: NamesArgs,
     },
     /// List the flows in the maps, the most recently used first.
+    #[command(after_help = examples::FLOWS)]
     Flows {
         /// List only flows to this service: name, namespace/name or either with :port.
-        #[arg(long, value_name = "SERVICE")]
         service: Option<String>,
+        /// As SERVICE.
+        #[arg(long = "service", value_name = "SERVICE", conflicts_with = "service", hide = true)]
+        of: Option<String>,
         /// List at most this many flows.
         #[arg(long, value_name = "NUMBER")]
         limit: Option<usize>,
         #[command(flatten)]
-        output: Output,
+        list: ListArgs,
+        #[command(flatten)]
+        names: NamesArgs,
     },
     /// Show live rates: services, the backends of one, and drops by reason.
     ///
     /// With --once, or if the output is not a terminal, prints one table and exits.
+    #[command(after_help = examples::TOP)]
     Top(TopArgs),
     /// Print events live: flows that open and close, translated calls, and packets that are
     /// dropped, rejected or counted by another reason.
     ///
     /// Packets of established flows cause no events, and nothing costs anything while nobody
     /// listens. Only one process can listen at a time.
+    #[command(after_help = examples::TRACE)]
     Trace(TraceArgs),
     /// Explain what would happen to a packet on this node, step by step, and which backend it would
     /// get.
@@ -129,21 +157,32 @@ enum Command {
     /// --manifests it comes from a directory of manifests, and needs neither root nor a cluster.
     /// The exit code is 0 if the packet is forwarded or passed, 3 if it is rejected, 4 if it is
     /// dropped, and 1 if there is no answer.
+    #[command(after_help = examples::EXPLAIN)]
     Explain(Box<ExplainArgs>),
     /// Check manifests for objects that would be refused, or that lose an address to another.
     ///
     /// The exit code is 0 if there are none, else 1.
+    #[command(after_help = examples::VALIDATE)]
     Validate(Box<ValidateArgs>),
+    /// Show what would change for clients if manifests were applied, and who loses service.
+    ///
+    /// Plans before and after, and compares each frontend's answers. Nothing is changed. The exit
+    /// code is 0 if no answer changes, 2 if one does, 3 if somebody loses service, and 1 if
+    /// something cannot be read.
+    #[command(after_help = examples::PLAN)]
+    Plan(Box<PlanArgs>),
     /// Check whether this node can run Sluice, and what Sluice would use.
     ///
     /// Loads every program, and tries every hook on devices and a cgroup made for the test. Nothing
     /// is left behind. The exit code is 0 if Sluice can run, and 1 if it cannot, or if too little
     /// could be tried because the caller is not root.
+    #[command(after_help = examples::PREFLIGHT)]
     Preflight(Box<PreflightArgs>),
     /// Compare what the sources ask for with what the maps hold, entry by entry.
     ///
     /// The exit code is 0 if the maps are in step, 1 if they are not, and 2 if the comparison
     /// failed.
+    #[command(after_help = examples::DIFF)]
     Diff(Box<DiffArgs>),
     /// Take over from kube-proxy, and show the progress.
     ///
@@ -151,32 +190,45 @@ enum Command {
     /// serves. It takes back a node that is released or being released, and with --finish has
     /// kube-proxy's rules removed. The exit code is 0 when that is done, and 1 if it takes longer
     /// than --wait.
+    #[command(after_help = examples::TAKEOVER)]
     Takeover(TakeoverArgs),
     /// Hand this node back to kube-proxy: known flows are served to their end, and new ones are
     /// left to it.
     ///
     /// When the last flow has ended, or at the timeout, the agent removes everything and waits for
     /// `sluice takeover`. The exit code is 0 when the node is released, else 1.
+    #[command(after_help = examples::RELEASE)]
     Release(ReleaseArgs),
     /// Remove everything from this node: programs, maps, filters, the device sluice0 and its
     /// routes, reserved ports.
     ///
     /// Ends all connections through services. Works without an agent, and refuses while one runs.
+    #[command(after_help = examples::CLEANUP)]
     Cleanup {
         /// Clean up even if an agent is running.
         #[arg(long)]
         force: bool,
     },
+    /// Show what this binary is: version, commit, layout of the maps.
+    #[command(after_help = examples::VERSION)]
+    Version(VersionArgs),
+    /// Print a script that completes commands and flags in a shell.
+    #[command(after_help = examples::COMPLETION)]
+    Completion {
+        /// The shell: bash, zsh or fish.
+        #[arg(value_name = "SHELL", value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Write a man page for each command into a directory.
+    #[command(hide = true)]
+    Man {
+        /// The directory; it is made if it does not exist.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+    },
     /// Wait for SIGTERM or SIGINT, and do nothing else: for a pod that stays Running.
     #[command(hide = true)]
     Pause,
-}
-
-#[derive(Debug, Args)]
-struct Output {
-    /// The output format.
-    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
-    output: Format,
 }
 
 /// Where an agent keeps its pins and its state, and where the kernel's settings are.
@@ -205,7 +257,7 @@ const NO_OBJECTS: &str = "expected a Service, EndpointSlice, Endpoints or Node i
                           directly in the directory, not below it";
 
 /// An error in the command line.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 struct Usage(String);
 
@@ -246,7 +298,7 @@ impl Cli {
             self.command.check(&places)?;
         }
         let outcome = self.command.run(&places, expanded)?;
-        print(&outcome.text)?;
+        let _ = print(&outcome.text)?;
         Ok(ExitCode::from(outcome.code))
     }
 }
@@ -255,8 +307,14 @@ impl Command {
     /// Whether the command uses what is pinned on this node, or the agent's state.
     fn uses_this_node(&self) -> bool {
         match self {
-            Self::Validate(_) | Self::Preflight(_) | Self::Pause => false,
+            Self::Validate(_)
+            | Self::Preflight(_)
+            | Self::Version(_)
+            | Self::Completion { .. }
+            | Self::Man { .. }
+            | Self::Pause => false,
             Self::Explain(args) => !args.uses_manifests(),
+            Self::Plan(args) => !args.uses_manifests(),
             Self::Agent(_)
             | Self::Status { .. }
             | Self::Services { .. }
@@ -284,38 +342,55 @@ impl Command {
         let Places { pin_path, state_dir, proc_sys } = places;
         match self {
             Self::Agent(args) => agent::run(*args, places, expanded),
-            Self::Status { output } => status::run(pin_path, state_dir, output.output),
-            Self::Services { namespace, output } => {
-                services::run(pin_path, namespace.as_deref(), output.output)
+            Self::Status { output } => status::run(places, &output),
+            Self::Services { service, list, names } => {
+                services::run(places, service.as_deref(), &names, &list)
             }
-            Self::Backends { service, output } => {
-                backends::run(pin_path, service.as_deref(), output.output)
+            Self::Backends { service, list, names } => {
+                backends::run(places, service.as_deref(), &names, &list)
             }
-            Self::Flows { service, limit, output } => {
-                flows::run(pin_path, service.as_deref(), limit, output.output)
+            Self::Flows { service, of, limit, list, names } => {
+                flows::run(places, service.or(of).as_deref(), limit, &names, &list)
             }
             Self::Top(args) => top::run(&args, pin_path),
             Self::Trace(args) => trace::run(args, pin_path),
-            Self::Explain(args) => explain::run(*args, pin_path, state_dir),
+            Self::Explain(args) => explain::run(*args, places),
             Self::Validate(args) => validate::run(*args),
+            Self::Plan(args) => plan::run(*args, places),
             Self::Preflight(args) => preflight::run(*args, pin_path, proc_sys),
             Self::Diff(args) => diff::run(*args, pin_path, state_dir),
             Self::Takeover(args) => takeover::take_over(&args, state_dir),
             Self::Release(args) => takeover::release(&args, state_dir),
             Self::Cleanup { force } => cleanup::run(places, force),
+            Self::Version(args) => version::run(&args),
+            Self::Completion { shell } => Ok(shell::completion(shell)),
+            Self::Man { directory } => shell::man(&directory),
             Self::Pause => pause::run(),
         }
     }
 }
 
-/// Prints a text. A reader that has closed the pipe (`| head`) is not an error.
-fn print(text: &str) -> anyhow::Result<()> {
-    match std::io::stdout().lock().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(error).context("cannot print")
-        }
-        Ok(()) | Err(_) => Ok(()),
+/// Prints a text. Returns whether anybody reads on: a reader that has closed the pipe (`| head`) is
+/// not an error.
+fn print(text: &str) -> anyhow::Result<bool> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error).context("cannot print"),
     }
+}
+
+/// Collects the schemas of what only the commands know.
+pub(crate) fn answers(schemas: &mut Schemas) {
+    schemas.object::<status::Overview>();
+    schemas.object::<diff::Report>();
+    schemas.object::<crate::tools::preflight::Report>();
+    schemas.object::<crate::tools::explain::Answer>();
+    schemas.object::<explain::Change>();
+    schemas.object::<plan::Plan>();
+    schemas.object::<version::Version>();
+    schemas.list::<validate::Finding>();
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
@@ -335,5 +410,45 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_examples_that_parse_and_help_that_fits() {
+        let mut cli = Cli::command();
+        cli.build();
+        for command in cli.get_subcommands_mut().filter(|command| !command.is_hide_set()) {
+            let name = command.get_name().to_owned();
+            let help = command.render_long_help().to_string();
+            let widest = help.lines().map(|line| line.chars().count()).max().unwrap_or_default();
+            assert!(widest <= 100, "{name}: {widest} columns");
+            if name == "help" {
+                continue;
+            }
+            let (_, examples) = help.split_once("Examples:").expect(&name);
+            let lines = examples.lines().filter_map(|line| line.trim().strip_prefix("sluice "));
+            let mut count = 0;
+            for line in lines {
+                count += 1;
+                let line = line.split(" > ").next().unwrap_or_default().replace('\'', "");
+                let words = ["sluice"].into_iter().chain(line.split_whitespace());
+                let parsed = Cli::try_parse_from(words);
+                assert!(parsed.is_ok(), "{name}: {line}: {:?}", parsed.err());
+            }
+            assert!(count > 0, "{name} has no example");
+        }
+    }
+
+    #[test]
+    fn completions_and_man_pages_know_every_command() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let _ = shell::man(folder.path()).expect("written");
+        for command in Cli::command().get_subcommands().filter(|found| !found.is_hide_set()) {
+            let name = command.get_name();
+            for shell in [clap_complete::Shell::Bash, clap_complete::Shell::Zsh] {
+                assert!(shell::completion(shell).text.contains(name), "{shell}: {name}");
+            }
+            let page = folder.path().join(format!("sluice-{name}.1"));
+            assert!(page.exists(), "no page {}", page.display());
+        }
     }
 }

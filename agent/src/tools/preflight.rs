@@ -1,9 +1,9 @@
 //! Checks whether this node can run Sluice, and what Sluice will use: `sluice preflight`.
 //!
-//! What can be tried is tried. Every program is loaded, but not pinned. Every hook is attached to a
-//! veth in an unnamed network namespace, and to a cgroup made for it. All of it ends with the
-//! process; only the cgroup, an empty directory, outlives a SIGKILL, and the next run removes it.
-//! Nothing is attached to devices of the node, because native XDP resets some links.
+//! Everything that can be tried is tried. Every program is loaded, but not pinned. Every hook is
+//! attached to a veth in an unnamed network namespace, and to a cgroup made for it. All of it ends
+//! with the process; only the cgroup, an empty directory, outlives a SIGKILL, and the next run
+//! removes it. Nothing is attached to devices of the node, because native XDP resets some links.
 //!
 //! Collecting facts ([`look`]) and judging them are separate: each check is a function of the
 //! facts.
@@ -31,7 +31,7 @@ use crate::node::{host, ports};
 use around::Skipped;
 
 /// The result of a check.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
     /// Everything is fine.
@@ -58,7 +58,7 @@ impl Outcome {
 }
 
 /// A check and its result.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct Check {
     /// The check's name, which never changes.
     pub check: &'static str,
@@ -66,9 +66,9 @@ pub struct Check {
     pub subject: Option<String>,
     /// The result.
     pub result: Outcome,
-    /// What is used, or why not, for people.
+    /// The thing that is used, or the reason why not, for people.
     pub what: String,
-    /// What to do next, if anything.
+    /// The next step, if there is one.
     pub next: Option<String>,
 }
 
@@ -95,7 +95,7 @@ impl Check {
 }
 
 /// The result of all checks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// Sluice can run here.
@@ -107,7 +107,7 @@ pub enum Verdict {
 }
 
 /// The result of all checks, in detail.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct Report {
     /// Whether Sluice can run here.
     pub can_run: Verdict,
@@ -143,7 +143,7 @@ const TRIED: [&str; 2] = ["programs", "hook"];
 /// The check that has to succeed before anything can be tried.
 const PRIVILEGES: &str = "privileges";
 
-/// How the agent is to be started.
+/// The options with which the agent is to be started.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The directory where maps and links will be pinned.
@@ -164,7 +164,7 @@ pub struct Options {
 ///
 /// # Errors
 ///
-/// When not even the devices can be listed.
+/// Fails if not even the devices can be listed.
 pub fn look(options: &Options) -> anyhow::Result<Report> {
     let kernel = system::release();
     let mut checks = system::kernel(&kernel);

@@ -127,7 +127,7 @@ impl Sample {
     }
 }
 
-/// What happened between two samples.
+/// The difference between two samples.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Change {
     pub(crate) services: Vec<(Service, Rates)>,

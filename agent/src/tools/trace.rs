@@ -98,7 +98,7 @@ fn narrow(address: [u8; 16], family: u8) -> IpAddr {
 pub(crate) struct Line {
     /// The time, as in RFC 3339.
     pub(crate) time: String,
-    /// What happened to the packet: `passed`, `forwarded`, `rejected`, `dropped` or `held`.
+    /// The fate of the packet: `passed`, `forwarded`, `rejected`, `dropped` or `held`.
     pub(crate) fate: &'static str,
     /// The kind of event: `opened`, `proven`, `closing`, `counted` or `call`.
     pub(crate) kind: &'static str,
@@ -216,11 +216,7 @@ impl Line {
             (true, false) => format!("{new_source} >"),
             (true, true) => format!("{new_source} > {}", self.new_destination),
         };
-        let service = self.service.as_ref().map(|name| {
-            let port =
-                if name.label.is_empty() { name.port.to_string() } else { name.label.clone() };
-            format!("{}/{}:{port}", name.namespace, name.service)
-        });
+        let service = self.service.as_ref().map(ToString::to_string);
         [
             clock.to_owned(),
             self.fate.to_owned(),

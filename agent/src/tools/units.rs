@@ -14,3 +14,10 @@ pub(crate) fn binary(number: f64) -> (f64, &'static str) {
     }
     (scaled, unit)
 }
+
+/// Returns a part in percent of the whole, or 0 if the whole is 0.
+#[must_use]
+#[expect(clippy::cast_precision_loss, reason = "figures for people have few digits")]
+pub(crate) fn percent(part: u64, whole: u64) -> f64 {
+    100.0 * part as f64 / whole.max(1) as f64
+}

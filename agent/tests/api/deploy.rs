@@ -32,7 +32,7 @@ fn deploy() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
 }
 
-/// The overlays, by name.
+/// Returns the overlays, by name.
 fn overlays() -> BTreeMap<String, PathBuf> {
     let entries = std::fs::read_dir(deploy().join("overlays")).expect("overlays");
     let paths = entries.map(|entry| entry.expect("an overlay").path());
@@ -41,7 +41,7 @@ fn overlays() -> BTreeMap<String, PathBuf> {
         .collect()
 }
 
-/// What a program prints, or what it says when it fails.
+/// Runs a program. Returns its output, or what it reports when it fails.
 fn run(command: &mut Command) -> Result<String, String> {
     let output = command.output().expect("started");
     let text = |bytes| String::from_utf8(bytes).expect("text");
@@ -75,7 +75,7 @@ impl Tools {
     }
 }
 
-/// The objects of a YAML stream by kind and name, each list that is a set in order.
+/// Returns the objects of a YAML stream by kind and name, each list that is a set in order.
 fn objects(text: &str) -> BTreeMap<String, Value> {
     let documents: Vec<Value> = serde_saphyr::from_multiple(text).expect("YAML");
     let mut found = BTreeMap::new();
@@ -131,7 +131,7 @@ fn daemon_set(text: &str) -> Value {
     objects(text).remove(r#""DaemonSet" "sluice""#).expect("a DaemonSet")
 }
 
-/// The first container's arguments.
+/// Returns the first container's arguments.
 fn args(daemon_set: &Value) -> Vec<String> {
     let args = daemon_set["spec"]["template"]["spec"]["containers"][0]["args"]
         .as_array()

@@ -8,7 +8,7 @@ use crate::support::{cluster, wait_for};
 use serde_json::Value;
 use sluice_lab::Node;
 
-/// The exit code, the report, and what was said to standard error.
+/// Returns the exit code, the report, and the output on standard error.
 fn diff(node: &Node, args: &[&str]) -> (Option<i32>, Value, String) {
     let args: Vec<&str> = ["diff", "-o", "json"].iter().chain(args).copied().collect();
     let output = node.sluice_output(&args).expect("started");

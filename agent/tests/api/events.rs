@@ -1,4 +1,4 @@
-//! What is wrong with objects of a real API server is told beside them, as Events.
+//! Problems with objects of a real API server are reported on these objects, as Events.
 //!
 //! test-threads: 3
 
@@ -16,7 +16,7 @@ const TOLD: Duration = Duration::from_secs(20);
 /// Longer than any node waits with what it has to tell.
 const QUIET: Duration = Duration::from_secs(12);
 
-/// The Events of a namespace that we have written.
+/// Returns the Events of a namespace that we have written.
 fn events(cluster: &Cluster, namespace: &str) -> Result<Vec<Value>, String> {
     let path = format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events");
     let list = cluster.plane.request("GET", &path, None).map_err(|error| format!("{error:#}"))?;

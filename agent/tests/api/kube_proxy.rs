@@ -1,5 +1,5 @@
-//! What the real kube-proxy does to packets, in its nftables mode, against what `sluice explain`
-//! says of the same objects.
+//! The real kube-proxy's treatment of packets, in its nftables mode, compared with what `sluice
+//! explain` answers for the same objects.
 //!
 //! ```text
 //!     clients: pods ----- kpods  +------+  kout ----- clients: outside; whatever nobody translates
@@ -52,9 +52,9 @@ const OFTEN: usize = 12;
 const TIMES: u16 = 60;
 /// Frames sent before the answers are read: a socket's buffer holds more.
 const BURST: usize = 32;
-/// How long nothing more must come.
+/// The silence after which no more packets are expected.
 const QUIET: Duration = Duration::from_millis(300);
-/// How long kube-proxy may take for a set of objects.
+/// The time that kube-proxy may take for a set of objects.
 const SYNC: Duration = Duration::from_secs(30);
 /// The links between node and world: the node's device, what is routed to it.
 const LINKS: [(&str, &[&str]); 3] = [
@@ -80,7 +80,7 @@ const LINKS: [(&str, &[&str]); 3] = [
     ),
 ];
 
-/// What became of a packet.
+/// The fate of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
     Lost,
@@ -200,14 +200,14 @@ impl Field {
         }
     }
 
-    /// Who got a question's packet.
+    /// Returns the fate of a question's packet.
     fn fate(&mut self, question: &Question) -> Result<Fate> {
         let fates = self.ask(std::slice::from_ref(question))?;
         fates.first().copied().context("no fate")
     }
 }
 
-/// What became of the packets that were sent, as it turns out.
+/// The fates of the packets that were sent, filled in as they arrive.
 struct Fates<'q> {
     first: u32,
     questions: &'q [Question],
@@ -243,7 +243,7 @@ impl Fates<'_> {
     }
 }
 
-/// The real kube-proxy, for the node.
+/// Returns the real kube-proxy, for the node.
 fn start_kube_proxy(cluster: &Cluster, node: &Node, programs: &Path) -> Result<Running> {
     let file = cluster.lab.state().join("kube-proxy.json");
     let config = json!({
@@ -361,7 +361,7 @@ fn policy() -> Result<Policy> {
     })
 }
 
-/// Whether both have decided alike.
+/// Reports whether both have decided alike.
 fn agree(question: &Question, answer: &Answer, fate: Fate, ground: &Ground, scene: &Scene) -> bool {
     let to_own = |address: IpAddr| ground.own.contains(&address);
     match (answer.verdict, fate) {
@@ -422,7 +422,7 @@ impl Round<'_> {
         Ok(explain(question, &world, &routing)?)
     }
 
-    /// A question that nobody has asked so far.
+    /// Returns a question that was not used before.
     fn question(&mut self, dice: &mut Dice) -> Question {
         loop {
             let Some(question) = self.scene.question(dice, self.ground) else { continue };

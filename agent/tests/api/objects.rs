@@ -10,7 +10,7 @@ use crate::support::{START, cluster, wait_for};
 use serde_json::{Value, json};
 use sluice_lab::Serve;
 
-/// A Service of pods by their label `app` and their port `web`.
+/// Returns a Service of pods by their label `app` and their port `web`.
 fn selecting(app: &str, vip: &str) -> Value {
     json!({"clusterIP": vip, "selector": {"app": app}, "ports": [{"port": 80, "targetPort": "web"}]})
 }

@@ -11,7 +11,7 @@ use crate::support::view::{expect, expect_problem, problem, programmed};
 use crate::support::{START, cluster, wait_for};
 use sluice_lab::{LoadClients, LoadSize, Namespace, Router, Serve};
 
-/// How soon the agent tries again at the latest after an outage of some seconds.
+/// The longest wait until the agent tries again after an outage of some seconds.
 const NOTICED: Duration = Duration::from_secs(20);
 
 #[test]

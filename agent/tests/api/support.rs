@@ -26,7 +26,7 @@ use sluice_lab::{AgentOptions, AgentProcess, Lab, Node, NodeOptions};
 
 use control_plane::ControlPlane;
 
-/// How long an agent may take from its start until it is ready.
+/// The time that an agent may take from its start until it is ready.
 pub(crate) const START: Duration = Duration::from_secs(20);
 
 /// A lab with a control plane in it.
@@ -37,7 +37,8 @@ pub(crate) struct Cluster {
 
 static SHARED: Mutex<Option<Arc<Cluster>>> = Mutex::new(None);
 
-/// The cluster that this file's tests share; [`None`], with the reason printed, where it cannot be.
+/// Returns the cluster that this file's tests share; [`None`], with the reason printed, where it
+/// cannot be.
 pub(crate) fn cluster() -> Option<Arc<Cluster>> {
     let Some(programs) = std::env::var_os("SLUICE_CONTROL_PLANE").map(PathBuf::from) else {
         eprintln!(
@@ -67,7 +68,7 @@ extern "C" fn take_down() {
 }
 
 impl Cluster {
-    /// A node of the lab and its object, without an agent.
+    /// Returns a node of the lab and its object, without an agent.
     pub(crate) fn node(&self, name: &str) -> Node {
         self.plane.add_node(name).expect("a Node object");
         self.lab.node(name, &NodeOptions::default()).expect("a node")

@@ -41,11 +41,11 @@ const OUTSIDE: usize = 800;
 const CLIENTS: u8 = 24;
 const ECHO_TARGET: u16 = 7000;
 const DNS_TARGET: u16 = 5353;
-/// How long an answer may take on a busy machine.
+/// The time that an answer may take on a busy machine.
 const ANSWER: Duration = Duration::from_secs(15);
 const STEP: Duration = Duration::from_secs(30);
 
-/// How kube-proxy works.
+/// A mode of kube-proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Nftables,
@@ -74,7 +74,7 @@ impl Mode {
 struct Held {
     writer: TcpStream,
     reader: BufReader<TcpStream>,
-    /// Who has greeted.
+    /// The name of the endpoint that sent the greeting.
     endpoint: String,
     /// The client as the endpoint sees it.
     seen_as: SocketAddr,
@@ -184,7 +184,7 @@ struct Bench {
     /// ClusterIPs of the echo, IPv4 first.
     vips: [IpAddr; 2],
     sticky: IpAddr,
-    /// Where the endpoints answer by IPv4, by name.
+    /// The endpoints' IPv4 addresses and ports, by name.
     endpoints: BTreeMap<String, SocketAddr>,
     kube_proxy: Option<Running>,
     agent: Option<AgentProcess>,
@@ -294,7 +294,7 @@ impl Bench {
         Ok(Some(this))
     }
 
-    /// An address outside that affinity is asked for.
+    /// Returns an address outside at which affinity is tested.
     fn client(&self, number: u8) -> IpAddr {
         let [a, b, c, _] = self.outside.ipv4().octets();
         IpAddr::from([a, b, c, 100 + number])
@@ -375,7 +375,8 @@ impl Bench {
         Ok(all)
     }
 
-    /// Which endpoint each client of the Service with affinity gets, by ClusterIP and node port.
+    /// Returns the endpoint that each client of the Service with affinity gets, by ClusterIP and
+    /// node port.
     fn visits(&self) -> Result<BTreeMap<String, String>> {
         let at = SocketAddr::new(self.node.ipv4().into(), self.mode.node_ports()[2]);
         let mut visits = BTreeMap::new();
@@ -389,12 +390,13 @@ impl Bench {
         Ok(visits)
     }
 
-    /// The tables of nftables that are there.
+    /// Returns the existing tables of nftables.
     fn tables(&self) -> Result<BTreeSet<String>> {
         Ok(self.node.run("nft", ["list", "tables"])?.lines().map(str::to_owned).collect())
     }
 
-    /// What kube-proxy has in iptables. It makes a chain of the kubelet's as well, which stays.
+    /// Returns what kube-proxy still has in iptables. It also makes a chain of the kubelet's, which
+    /// stays.
     fn left_in_iptables(&self) -> Result<Vec<String>> {
         let mut left = Vec::new();
         for command in ["iptables-save", "ip6tables-save"] {
@@ -407,7 +409,7 @@ impl Bench {
         Ok(left)
     }
 
-    /// How far the takeover is.
+    /// Returns the progress of the takeover.
     fn takeover(&self) -> Result<Value> {
         let output = self.node.sluice_output(&["status", "-o", "json"])?;
         let status: Value = serde_json::from_slice(&output.stdout)
@@ -428,13 +430,13 @@ impl Bench {
 
     /// Flows that Sluice has opened.
     fn flows(&self) -> Result<u64> {
-        let rows: Vec<Value> =
-            serde_json::from_str(&self.node.sluice(&["backends", "-o", "json"])?)?;
-        Ok(rows.iter().filter_map(|row| row.pointer("/flows")?.as_u64()).sum())
+        let list: Value = serde_json::from_str(&self.node.sluice(&["backends", "-o", "json"])?)?;
+        let rows = list.pointer("/items").and_then(Value::as_array).into_iter().flatten();
+        Ok(rows.filter_map(|row| row.pointer("/flows")?.as_u64()).sum())
     }
 }
 
-/// What happens all the while, until it is told to stop.
+/// Traffic that runs until it is stopped.
 #[derive(Default)]
 struct Traffic {
     stop: AtomicBool,

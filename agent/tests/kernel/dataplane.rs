@@ -16,7 +16,7 @@ use sluice_common::abi::{
 use sluice_core::image::{Dataplane, FamilyWrite, Image, PERMITTED, SourceKey, Write, diff};
 use sluice_lab::skipped;
 
-/// A BPF file system that goes with the test.
+/// A BPF file system that is removed with the test.
 struct Bpffs(PathBuf);
 
 impl Bpffs {
@@ -30,7 +30,7 @@ impl Bpffs {
         Some(Self(path))
     }
 
-    /// Loads with small maps, and those sizes changed that are given.
+    /// Loads with small maps, some of them of the given sizes.
     fn load(&self, sizes: &[(&str, u32)]) -> Option<Loaded> {
         let mut all =
             BTreeMap::from([("flows_v4".to_owned(), 1024), ("flows_v6".to_owned(), 1024)]);
@@ -62,7 +62,7 @@ fn text<const N: usize>(text: &str) -> [u8; N] {
     bytes
 }
 
-/// An image with one service port, two backends and 61 slots.
+/// Returns an image with one service port, two backends and 61 slots.
 fn image() -> Image {
     let mut image = Image::default();
     let address = |last| Ipv4Addr::new(10, 0, 0, last).into();
@@ -202,6 +202,149 @@ fn many_writes_go_in_batches() {
     loaded.kernel.apply(&diff(&Image::default(), &wanted)).expect("writable maps");
     println!("20000 writes in {:?}", begun.elapsed());
     assert_eq!(loaded.kernel.read().expect("readable maps"), wanted);
+}
+
+/// Whether all steps of the audit find the maps as they should be.
+fn is_held(kernel: &Kernel, image: &Image) -> bool {
+    (0..Kernel::AUDIT_STEPS).all(|step| kernel.holds(step, image).expect("readable maps"))
+}
+
+#[test]
+fn the_audit_finds_every_entry_that_differs() {
+    let Some(bpffs) = Bpffs::new("audit") else { return };
+    let Some(mut loaded) = bpffs.load(&[]) else { return };
+    let wanted = image();
+    loaded.kernel.apply(&diff(&Image::default(), &wanted)).expect("writable maps");
+    assert!(is_held(&loaded.kernel, &wanted));
+    let service = ServiceKey {
+        address: Ipv4Addr::new(10, 0, 0, 9).into(),
+        port: 80,
+        protocol: 6,
+        reserved: 0,
+    };
+    let mut others: Vec<(&str, Image)> = Vec::new();
+    let mut other = |what, change: &dyn Fn(&mut Image)| {
+        let mut image = wanted.clone();
+        change(&mut image);
+        others.push((what, image));
+    };
+    other("a key less", &|image| {
+        let _ = image.v4.services.remove(&service);
+    });
+    other("a key more", &|image| {
+        let _ = image.v4.services.insert(
+            ServiceKey { port: 81, ..service },
+            Service { service_port: 1, kind: frontend::CLUSTER_IP },
+        );
+    });
+    other("another value", &|image| {
+        if let Some(found) = image.v4.services.get_mut(&service) {
+            found.kind = frontend::NODE_PORT;
+        }
+    });
+    other("a slot", &|image| {
+        if let Some(slot) = image.slots.get_mut(&160).and_then(|slots| slots.get_mut(60)) {
+            *slot += 1;
+        }
+    });
+    other("a backend", &|image| {
+        if let Some(found) = image.v4.backends.get_mut(&2) {
+            found.flags |= backend::HOST;
+        }
+    });
+    other("an origin", &|image| {
+        let _ = image.v4.origins.pop_first();
+    });
+    other("a source range of IPv6", &|image| {
+        let _ = image.v6.source_ranges.pop_last();
+    });
+    other("a node address", &|image| {
+        let _ = image.v6.node_addresses.pop_first();
+    });
+    other("a port's flags", &|image| {
+        if let Some(port) = image.ports.get_mut(&1) {
+            port.flags = 0;
+        }
+    });
+    other("a name", &|image| {
+        if let Some(name) = image.names.get_mut(&1) {
+            name.number = 81;
+        }
+    });
+    other("a lane", &|image| {
+        let _ = image.lanes.insert(31, 1);
+    });
+    other("a node port", &|image| {
+        let _ = image.node_ports.remove(&468);
+    });
+    for (what, image) in others {
+        loaded.kernel.apply(&diff(&wanted, &image)).expect("writable maps");
+        assert!(is_held(&loaded.kernel, &image), "{what}: as it is");
+        assert!(!is_held(&loaded.kernel, &wanted), "{what} was not found");
+        loaded.kernel.apply(&diff(&image, &wanted)).expect("writable maps");
+        assert!(is_held(&loaded.kernel, &wanted), "{what}: repaired");
+    }
+}
+
+/// Fills the maps as 250 000 endpoints of 2 500 Services do, and measures the audit.
+#[test]
+fn the_audit_of_many_endpoints_is_cheap() {
+    const ENDPOINTS: u32 = 250_000;
+    const SERVICES: u32 = 2_500;
+    let Some(bpffs) = Bpffs::new("audit-many") else { return };
+    let Some(mut loaded) = bpffs.load(&[]) else { return };
+    let mut wanted = Image::default();
+    for number in 0..ENDPOINTS {
+        let (address, id) = (Ipv4Addr::from_bits(0x0a00_0000 + number).into(), number + 1);
+        let service_port = number % SERVICES + 1;
+        let backend =
+            Backend { address, port: 8080, generation: 1, service_port, flags: backend::SERVING };
+        let _ = wanted.v4.backends.insert(id, backend);
+        let mut origins = Origins::default();
+        origins.frontends[0] = Origin {
+            address: Ipv4Addr::from_bits(0x0b00_0000 + service_port).into(),
+            port: 80,
+            reserved: 0,
+        };
+        let key = ServiceKey { address, port: 8080, protocol: 6, reserved: 0 };
+        let _ = wanted.v4.origins.insert(key, origins);
+        let _ = wanted.lanes.insert(number, 0b10);
+    }
+    for service_port in 1..=SERVICES {
+        let address = Ipv4Addr::from_bits(0x0b00_0000 + service_port).into();
+        let key = ServiceKey { address, port: 80, protocol: 6, reserved: 0 };
+        let _ =
+            wanted.v4.services.insert(key, Service { service_port, kind: frontend::CLUSTER_IP });
+        // Nearly all slots that there are.
+        let (start, size) = ((service_port - 1) * 3_200, 3_199_u16);
+        let ids = (0..u32::from(size)).map(|slot| slot % 100 * SERVICES + service_port).collect();
+        let _ = wanted.slots.insert(start, ids);
+        let port = wanted.ports.entry(service_port).or_default();
+        port.ranges[Class::Internal as usize] = Range::new(start, size).0;
+        let name = Name {
+            namespace: text("default"),
+            service: text(&format!("web-{service_port}")),
+            port: text("http"),
+            number: 80,
+            protocol: 6,
+            family: 4,
+        };
+        let _ = wanted.names.insert(service_port, name);
+    }
+    loaded.kernel.apply(&diff(&Image::default(), &wanted)).expect("writable maps");
+    for round in 0..3 {
+        let mut all = std::time::Duration::ZERO;
+        for step in 0..Kernel::AUDIT_STEPS {
+            let begun = std::time::Instant::now();
+            assert!(loaded.kernel.holds(step, &wanted).expect("readable maps"), "step {step}");
+            let took = begun.elapsed();
+            all += took;
+            println!("round {round}, step {step}: {took:?}");
+        }
+        println!("round {round}: all steps in {all:?}");
+    }
+    let _ = wanted.v4.origins.pop_last();
+    assert!(!is_held(&loaded.kernel, &wanted), "one of {ENDPOINTS}");
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! The programs and maps on the real kernel, without traffic: root, and the BPF object.
+//! Tests of the programs and maps on the real kernel, without traffic. They need root and the BPF
+//! object.
 
 mod dataplane;
 mod packets;

@@ -1,10 +1,9 @@
-//! One table of packets, run twice: through the packet's path on the host, over plain maps, and
-//! through the kernel's programs by `BPF_PROG_TEST_RUN`, over real ones. Both must do what the
-//! table says.
+//! One table of packets, run twice: by the packet's path on the host, over plain maps, and by the
+//! kernel's programs with `BPF_PROG_TEST_RUN`, over real ones. Both must do what the table says.
 //!
 //! The kernel's way needs root and the BPF object (`SLUICE_BPF_OBJECT`, else
 //! `target/bpf/sluice.o`); without either they fail, unless `SLUICE_TEST_SKIP=1` says to skip them.
-//! What a test run cannot show: where a redirect leads, and skbs that are not linear, larger than a
+//! A test run cannot show where a redirect leads, nor skbs that are not linear, are larger than a
 //! page, or leave a checksum to the device.
 
 pub(crate) mod case;
@@ -34,10 +33,10 @@ use sluice_common::abi::{Event, Listening, Range, Ticks, networks, state};
 use sluice_common::engine::limit::DEVICE_REJECT_BURST_MS;
 use sluice_common::event::Kind;
 
-/// How many failures are printed whole.
+/// The number of failures that are printed in full.
 const SHOWN: usize = 20;
 
-/// Returns how a case failed, with the case itself; empty where it did not.
+/// Returns how a case failed, with the case itself, or an empty string if it passed.
 fn judge(case: &Case, who: &str, mut actual: Outcome) -> String {
     settle(&mut actual, &case.expected);
     let difference = show::difference(who, &actual, &case.expected);
@@ -56,8 +55,8 @@ fn report(failures: &[String], all: usize) {
     );
 }
 
-/// Returns the cases that `SLUICE_PACKET_CASES` chooses by a part of their names, or all. Prints
-/// them where the output is not captured.
+/// Returns the cases whose names contain `SLUICE_PACKET_CASES`, or all. Prints them if the output
+/// is not captured.
 fn chosen(mut cases: Vec<Case>) -> Vec<Case> {
     if let Ok(word) = std::env::var("SLUICE_PACKET_CASES") {
         cases.retain(|case| case.name.contains(&word));
@@ -80,7 +79,7 @@ fn the_table_has_a_name_for_each_of_its_cases() {
     println!("{} cases", cases.len());
 }
 
-/// Runs cases on the host at a time.
+/// Runs cases on the host at a time of the clock.
 fn on_the_host(cases: &[Case], now: Ticks) {
     let failures: Vec<String> = cases
         .iter()
@@ -90,7 +89,7 @@ fn on_the_host(cases: &[Case], now: Ticks) {
     report(&failures, cases.len());
 }
 
-/// Runs cases in the kernel, if it can be loaded here, and compares with the host.
+/// Runs cases in the kernel, if it can be loaded here, and compares the outcomes with the host's.
 fn in_the_kernel(load: impl FnOnce() -> anyhow::Result<Kernel>, cases: &[Case]) {
     if kernel::is_skipped() {
         return;
@@ -130,7 +129,7 @@ fn the_kernel_does_what_the_table_says_and_the_host_does() {
     in_the_kernel(Kernel::load, &chosen(cases::with_prefixes()));
 }
 
-/// The programs of several devices may meet a packet at the same side of the stack: the first one
+/// The programs of several devices may see a packet at the same side of the stack: the first one
 /// translates it.
 #[test]
 fn what_is_translated_is_left_alone_by_the_next_program() {
@@ -171,7 +170,7 @@ fn is_accelerated(case: &Case) -> bool {
     case.world.settings.networks & networks::ACCELERATE != 0
 }
 
-/// What XDP, or another device's program, has translated is sent around the stack as it is.
+/// A packet that XDP or another device's program has translated is sent around the stack unchanged.
 #[test]
 fn what_is_translated_goes_around_the_stack_by_the_next_program() {
     if kernel::is_skipped() {
@@ -206,7 +205,7 @@ fn what_is_translated_goes_around_the_stack_by_the_next_program() {
     report(&failures, tried);
 }
 
-/// Entries of most cases were used before the clock was zero, or will be when it is zero again.
+/// The entries of most cases were used before the clock was zero, or will be when it is zero again.
 #[test]
 fn a_machine_that_has_just_booted_does_the_same() {
     let cases = cases::all();
@@ -233,8 +232,8 @@ fn a_search_walks_over_every_port_there_is() {
     in_the_kernel(Kernel::load_large, &cases);
 }
 
-/// As `icmp_msgs_per_sec` and `icmp_msgs_burst` have it: whatever sources a flood has, the node
-/// does not answer more.
+/// The limit is that of `icmp_msgs_per_sec` and `icmp_msgs_burst`: whatever sources a flood has,
+/// the node does not answer more.
 #[test]
 fn icmp_errors_have_a_limit_for_all_clients_of_a_device() {
     if kernel::is_skipped() {
@@ -263,7 +262,7 @@ fn icmp_errors_have_a_limit_for_all_clients_of_a_device() {
     }
 }
 
-/// Rules by mark count for what goes around the stack, from Linux 6.10 on.
+/// Rules by mark apply to what goes around the stack, from Linux 6.10 on.
 #[test]
 fn a_mark_counts_for_the_route_of_the_hosts_own_packets() {
     if kernel::is_skipped() {
@@ -288,7 +287,7 @@ fn a_mark_counts_for_the_route_of_the_hosts_own_packets() {
     }
 }
 
-/// Cases of which something is told, and what.
+/// Returns the cases that cause events, with the events.
 fn told() -> Vec<(Case, Vec<Event>)> {
     let all = cases::all().into_iter().filter(|case| !case.partial);
     all.filter_map(|case| {
@@ -310,7 +309,7 @@ fn every_kind_of_event_but_a_call_is_in_the_table() {
 }
 
 #[test]
-fn nothing_is_told_unless_somebody_listens_for_it() {
+fn no_event_is_sent_unless_somebody_listens_for_it() {
     if kernel::is_skipped() {
         return;
     }
@@ -341,7 +340,8 @@ fn nothing_is_told_unless_somebody_listens_for_it() {
     assert!(tried[0] > 100 && tried[1] > 50, "{tried:?}");
 }
 
-/// The shortest of several times, taken in turns: what disturbs one disturbs the others.
+/// Returns the shortest of several times, which are taken in turns: whatever disturbs one disturbs
+/// the others.
 fn shortest(kernel: &mut Kernel, case: &Case, sieves: &[Listening]) -> Vec<u32> {
     let mut shortest = vec![u32::MAX; sieves.len()];
     for _ in 0..15 {
@@ -355,7 +355,7 @@ fn shortest(kernel: &mut Kernel, case: &Case, sieves: &[Listening]) -> Vec<u32> 
 }
 
 #[test]
-fn an_established_flow_is_told_to_nobody_whoever_listens() {
+fn packets_of_an_established_flow_are_no_events_whoever_listens() {
     if kernel::is_skipped() {
         return;
     }

@@ -1,4 +1,5 @@
-//! With `--accelerate on`, what the stack would only forward goes around it, and nothing else does.
+//! With `--accelerate on`, packets that the stack would only forward go around it, and no others
+//! do.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -18,7 +19,7 @@ const OFF: &str = "--accelerate=off";
 const ON: &str = "--accelerate=on";
 const PER_PACKET: &str = "--socket-path=off";
 
-/// Has every packet between clients and endpoints counted that passes netfilter's forwarding.
+/// Counts every packet between clients and endpoints that passes netfilter's forwarding.
 fn count_forwarded(stack: &Stack, more: &str) -> Result<()> {
     let (near, far) = (addresses_of_pod(&stack.near), addresses_of_pod(&stack.far));
     let mut rules = String::new();
@@ -41,8 +42,8 @@ fn seen(stack: &Stack) -> Result<u64> {
     counters(&stack.node, "rules")?.get("seen").copied().context("no counter")
 }
 
-/// Every client reaches every endpoint by every frontend, and netfilter sees its packets, or does
-/// not.
+/// Checks that every client reaches every endpoint by every frontend, and whether netfilter sees
+/// its packets.
 fn reach(stack: &mut Stack, ways: &[Way]) -> Result<()> {
     for mode in [&MODES[0], &MODES[2], &MODES[4]] {
         for accelerate in [OFF, ON, OFF] {
@@ -78,8 +79,8 @@ fn pods_of_a_bridge_go_around_netfilter_too() -> Result<()> {
         Overlay::None,
         &NodeOptions { cni: Cni::Bridge { bridge_nf: true }, ..NodeOptions::default() },
     )?;
-    // Between two ports of the bridge frames are bridged, or routed from it to itself: by the
-    // stack.
+    // Between two ports of the bridge, frames are bridged, or routed by the stack from the bridge
+    // to itself.
     let _ = stack.targets.remove(NEAR);
     reach(&mut stack, &[Way::Tcp, Way::Udp, Way::Http])
 }
@@ -128,7 +129,7 @@ fn a_rule_that_drops_stops_only_what_passes_the_stack() -> Result<()> {
     Ok(())
 }
 
-/// What `sluice preflight` finds of acceleration.
+/// Returns what `sluice preflight` finds about acceleration.
 fn preflight(stack: &Stack, accelerate: &str) -> Result<Value> {
     let output = stack.node.sluice_output(&["preflight", accelerate, "-o", "json"])?;
     let report: Value = serde_json::from_slice(&output.stdout)
@@ -137,10 +138,10 @@ fn preflight(stack: &Stack, accelerate: &str) -> Result<Value> {
     checks.into_iter().find(|check| word(check, "check") == "accelerate").context("no check")
 }
 
-/// A CNI that masquerades what leaves the pods' networks: what went around must not come back to it
-/// in part.
+/// A CNI masquerades what leaves the pods' networks: a flow that went around it must not come back
+/// through it in part.
 #[test]
-fn a_cni_that_masquerades_meets_no_half_of_a_flow() -> Result<()> {
+fn a_cni_that_masquerades_sees_whole_flows_or_nothing() -> Result<()> {
     if skip("a_cni_that_masquerades_meets") {
         return Ok(());
     }
@@ -161,14 +162,15 @@ fn a_cni_that_masquerades_meets_no_half_of_a_flow() -> Result<()> {
 }
 
 #[test]
-fn who_runs_out_of_hops_is_told_so() -> Result<()> {
+fn a_packet_out_of_hops_is_answered_with_time_exceeded() -> Result<()> {
     if skip("who_runs_out_of_hops") {
         return Ok(());
     }
     let mut stack = Stack::new("around-ttl", Overlay::None, &NodeOptions::default())?;
     for accelerate in [OFF, ON] {
         stack.serve_by(Proxy::Sluice, &[PER_PACKET, accelerate], ClusterIps::Kept)?;
-        // The router and the node each take one; the endpoint takes what has one left.
+        // The router and the node each take one hop; a packet with one hop left reaches the
+        // endpoint.
         for (hops, is_answered) in [("2", false), ("3", true)] {
             stack.outside.sysctl("net/ipv4/ip_default_ttl", hops)?;
             stack.outside.sysctl("net/ipv6/conf/eth0/hop_limit", hops)?;
@@ -195,14 +197,14 @@ fn is_time_exceeded(frame: &[u8]) -> bool {
     }
 }
 
-/// What the status says of acceleration.
+/// Returns what the status says about acceleration.
 fn told(stack: &Stack) -> Result<String> {
     let status = status(&stack.node)?;
     let policy = status.get("last").and_then(|last| last.get("policy")).context("no policy")?;
     Ok(word(policy, "accelerate").to_owned())
 }
 
-/// Connections and questions that go on until they are ended.
+/// Connections and requests that go on until they are ended.
 struct Held(Vec<Running>);
 
 impl Held {
@@ -236,7 +238,7 @@ impl Held {
         Ok(Self(open))
     }
 
-    /// All go on, and nothing was lost.
+    /// Checks that all go on and that nothing was lost.
     fn go_on(&mut self, when: &str) -> Result<()> {
         for client in &mut self.0 {
             client.goes_on(3, SOON).with_context(|| format!("it ended {when}"))?;
@@ -298,14 +300,14 @@ fn a_device_that_goes_takes_its_own_flows_alone() -> Result<()> {
     none_wrong("new flows", &ask_all(&questions)?)
 }
 
-/// A neighbour that does not answer is told of as the stack tells of it.
+/// A neighbour that does not answer is reported as the stack reports it.
 #[test]
-fn who_asks_for_an_endpoint_that_nobody_finds_is_told_so() -> Result<()> {
+fn an_endpoint_that_does_not_resolve_is_reported_unreachable() -> Result<()> {
     if skip("who_asks_for_an_endpoint_that_nobody_finds") {
         return Ok(());
     }
     let mut stack = Stack::new("around-dead", Overlay::None, &NodeOptions::default())?;
-    // The endpoint's own end is down: it answers no question for its link-layer address.
+    // The endpoint's end of the link is down, so it answers no request for its link-layer address.
     let _ = stack.near.ip("link set eth0 arp off")?;
     for accelerate in [OFF, ON] {
         stack.serve_by(Proxy::Sluice, &[PER_PACKET, accelerate], ClusterIps::Kept)?;

@@ -10,7 +10,7 @@ use crate::support::{
 use anyhow::{Context, Result, ensure};
 use sluice_lab::{Cni, DROP_INVALID, NodeOptions};
 
-/// Packets that the rule has dropped.
+/// Returns the number of packets that the rule has dropped.
 fn dropped(cluster: &Cluster) -> Result<u64> {
     let rules = cluster.node().run("nft", ["list", "ruleset"])?;
     let packets =
@@ -57,7 +57,7 @@ fn a_bridge_carries_services(name: &str, bridge_nf: bool) -> Result<()> {
     Ok(())
 }
 
-/// Client and backend are ports of one bridge: what arrives has crossed no router.
+/// Client and backend are ports of one bridge: a packet that arrives has crossed no router.
 fn traffic_stays_on_the_bridge(cluster: &Cluster) -> Result<()> {
     let captures = cluster
         .backends

@@ -1,5 +1,5 @@
-//! What goes around the stack does what the stack would: the path's MTU, the hop limit, VLAN tags.
-//! The control are the rules that kube-proxy would have.
+//! A packet that goes around the stack is treated as the stack would treat it: the path's MTU, the
+//! hop limit, VLAN tags. The control is the set of rules that kube-proxy would have.
 
 use std::cell::Cell;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -17,12 +17,12 @@ use ipnet::IpNet;
 use sluice_lab::{Namespace, NodeOptions, Overlay, PacketSocket, Pod};
 use socket2::SockRef;
 
-/// The MTU of the path, which the device's is above, and one below.
+/// An MTU of the path, below the device's, and one below that.
 const NARROW: usize = 1_400;
 const NARROWER: usize = 1_300;
 const ARGS: &[&str] = &["--socket-path", "off"];
 
-/// The length of the IP packet in a frame, if it goes to an address.
+/// Returns the length of the IP packet in a frame, if it goes to an address.
 fn length_to(frame: &[u8], to: IpAddr) -> Option<usize> {
     let (ethertype, at) = if to.is_ipv4() { ([8, 0], 30) } else { ([0x86, 0xdd], 38) };
     let to = octets(to);
@@ -31,7 +31,7 @@ fn length_to(frame: &[u8], to: IpAddr) -> Option<usize> {
     is_right.then_some(frame.len() - 14)
 }
 
-/// The largest packet to an address that has come, and how many there were.
+/// Returns the length of the largest packet to an address that has arrived, and their number.
 fn largest(wire: &PacketSocket, to: IpAddr) -> (usize, usize) {
     let (largest, count) = (Cell::new(0), Cell::new(0));
     let _ = wire.receive(Duration::from_millis(300), |frame| {
@@ -44,7 +44,7 @@ fn largest(wire: &PacketSocket, to: IpAddr) -> (usize, usize) {
     (largest.get(), count.get())
 }
 
-/// Sends one line of many segments, and waits for what is said about it.
+/// Sends one line of many segments, and waits for the answer about it.
 fn says_much(client: &Namespace, to: SocketAddr) -> Result<()> {
     let stream = client.enter(|| TcpStream::connect_timeout(&to, SOON))?;
     let mut stream = stream.with_context(|| format!("cannot connect to {to}"))?;
@@ -62,13 +62,13 @@ fn says_much(client: &Namespace, to: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-/// Has the host forget the MTUs that it has learned of paths to the far endpoint and its Service.
+/// Makes the host forget the MTUs that it has learned of paths to the far endpoint and its Service.
 fn forget_learned(stack: &Stack) -> Result<()> {
     let vips = cluster_ip(stack.targets[FAR].number).into_iter();
     for (vip, endpoint) in vips.zip(addresses_of_pod(&stack.far)) {
         let family = if vip.is_ipv4() { "-4" } else { "-6" };
         let _ = stack.node.run("ip", [family, "route", "flush", "cache"])?;
-        // It is forgotten only when somebody asks for it.
+        // An MTU is forgotten only when somebody looks it up.
         for address in [vip, endpoint] {
             let _ = stack.node.run("ip", [family, "route", "get", &address.to_string()])?;
         }
@@ -76,8 +76,7 @@ fn forget_learned(stack: &Stack) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the host's own large packets reach the other node in the sizes that they are to
-/// have.
+/// Waits until the host's own large packets reach the other node in the expected sizes.
 fn until_packets_leave(stack: &Stack, is_right: impl Fn(usize) -> bool) -> Result<()> {
     for (vip, endpoint) in
         cluster_ip(stack.targets[FAR].number).into_iter().zip(addresses_of_pod(&stack.far))
@@ -87,7 +86,7 @@ fn until_packets_leave(stack: &Stack, is_right: impl Fn(usize) -> bool) -> Resul
         let mut size = 0;
         let asked = until("large packets to the endpoint have the size that the way takes", || {
             forget_learned(stack)?;
-            // The first is lost where the sender has to learn the size.
+            // The first one is lost if the sender has to learn the size.
             let args = ["--connected", "--count=2", "--size=1450", "--timeout-ms=200", "--to", &to];
             let _ = stack.node.ask(["udp-client"].iter().chain(&args))?;
             let (found, _) = largest(&wire, endpoint);
@@ -99,8 +98,8 @@ fn until_packets_leave(stack: &Stack, is_right: impl Fn(usize) -> bool) -> Resul
     forget_learned(stack)
 }
 
-/// The host's own packets to an endpoint on another node, by a path that is narrower than its first
-/// device.
+/// Sends the host's own packets to an endpoint on another node, by a path that is narrower than its
+/// first device, and checks that none is too large.
 fn none_is_too_large(
     stack: &Stack,
     proxy: Proxy,
@@ -145,7 +144,7 @@ fn the_paths_mtu_counts_for_the_hosts_own_packets() -> Result<()> {
     }
     let mut stack = Stack::new("path-mtu", Overlay::None, &NodeOptions::default())?;
     for feature in ["tso", "gso"] {
-        // Segments as on a wire.
+        // Segments have the size that they have on a wire.
         stack.node.offload("eth0", feature, false)?;
     }
     let far = addresses_of_pod(&stack.far);
@@ -162,29 +161,30 @@ fn the_paths_mtu_counts_for_the_hosts_own_packets() -> Result<()> {
             }
             Ok(())
         };
-        // The control of what is measured: without a narrow path large packets do leave.
+        // The control: without a narrow path large packets do leave.
         route("add", 0, "")?;
         until_packets_leave(&stack, |size| size > NARROW)?;
-        // netfilter's fragments go out without a word where the sender does not insist.
+        // netfilter's fragments leave without an error if the sender does not insist on whole
+        // packets.
         let told = proxy == Proxy::Sluice;
         let mut wrong = Vec::new();
-        // The agent tells programs of one that is not locked, and of each change.
+        // The agent reports an unlocked MTU to the programs, and each change of it.
         for (lock, mtu) in [("", NARROW), ("", NARROWER), ("lock ", NARROW)] {
             route("replace", 0, &format!("mtu {lock}{mtu}"))?;
             until_packets_leave(&stack, |size| size > 0 && size <= mtu)?;
             let what = format!("the route's MTU ({lock}{mtu})");
             wrong.extend(none_is_too_large(&stack, proxy, &what, mtu, [true, told])?);
         }
-        // A route without one that lies within one with one.
+        // A route without an MTU within one that has one.
         route("add", 1, &format!("mtu {NARROWER}"))?;
         route("replace", 0, "")?;
         until_packets_leave(&stack, |size| size > NARROW)?;
-        // The network's counts as soon as it is alone, and no longer than it is there.
+        // The network's MTU applies as soon as it is the only one, and only while it exists.
         route("del", 0, "")?;
         until_packets_leave(&stack, |size| size > 0 && size <= NARROWER)?;
         route("del", 1, "")?;
         until_packets_leave(&stack, |size| size > NARROW)?;
-        // The same learned: a link behind the other node is narrower.
+        // The same with a learned MTU: a link behind the other node is narrower.
         let device = stack.far.host_device();
         let _ = stack.other.ip(&format!("link set {device} mtu {NARROW}"))?;
         for address in far {
@@ -194,17 +194,17 @@ fn the_paths_mtu_counts_for_the_hosts_own_packets() -> Result<()> {
             let route = node.run("ip", [family, "route", "get", &address.to_string()])?;
             ensure!(route.contains(&format!("mtu {NARROW}")), "nothing was learned: {route}");
         }
-        // As large answers do not fit either.
+        // Answers of that size do not fit either.
         wrong.extend(none_is_too_large(&stack, proxy, "a learned MTU", NARROW, [false, told])?);
         let _ = stack.other.ip(&format!("link set {device} mtu 1500"))?;
-        // While the routes are there that it was learned of: below others nothing removes it.
+        // While the routes exist that it was learned for: below other routes nothing removes it.
         forget_learned(&stack)?;
         none_wrong("the path's MTU", &wrong)?;
     }
     Ok(())
 }
 
-/// Whether a frame holds "time exceeded" about a packet to an address.
+/// Reports whether a frame holds "time exceeded" about a packet to an address.
 fn is_time_exceeded(frame: &[u8], to: IpAddr) -> bool {
     let (kind, at) = if to.is_ipv4() { (34, 58) } else { (54, 86) };
     let (protocol, number) = if to.is_ipv4() { (frame.get(23), 1) } else { (frame.get(20), 58) };
@@ -230,7 +230,7 @@ fn send_with_hops(client: &Namespace, to: SocketAddr, hops: u32) -> Result<()> {
 }
 
 #[test]
-fn a_hop_limit_that_runs_out_is_told() -> Result<()> {
+fn a_hop_limit_that_runs_out_is_answered() -> Result<()> {
     if skip("a_hop_limit_that_runs_out") {
         return Ok(());
     }
@@ -241,7 +241,7 @@ fn a_hop_limit_that_runs_out_is_told() -> Result<()> {
     for proxy in [Proxy::Netfilter, Proxy::Sluice] {
         stack.serve_by(proxy, ARGS, ClusterIps::Kept)?;
         let mut wrong = Vec::new();
-        // To itself around the stack, to others through it.
+        // A pod's packets to itself go around the stack, those to others through it.
         let ways: [(&Pod, usize); 3] = [(&stack.near, NEAR), (&stack.pod, NEAR), (&stack.pod, FAR)];
         for (client, target) in ways {
             for family in 0..2 {
@@ -276,7 +276,7 @@ fn a_hop_limit_that_runs_out_is_told() -> Result<()> {
     Ok(())
 }
 
-/// The ports of the TCP segment or datagram in a frame without options.
+/// Returns the ports of the TCP segment or datagram in a frame without options.
 fn ports(frame: &[u8]) -> Option<[u16; 2]> {
     let at = match frame.get(12..14)? {
         [8, 0] => 34,
@@ -287,7 +287,7 @@ fn ports(frame: &[u8]) -> Option<[u16; 2]> {
     Some([word(at)?, word(at + 2)?])
 }
 
-/// Whether the segment in a frame without options opens the other direction.
+/// Reports whether the segment in a frame without options opens the other direction.
 fn is_syn_ack(frame: &[u8]) -> bool {
     let at = if frame.get(12) == Some(&8) { 47 } else { 67 };
     frame.get(at).is_some_and(|flags| flags & 0x3f == 0x12)
@@ -303,7 +303,7 @@ fn a_pods_frame_in_a_vlan_reaches_nobody() -> Result<()> {
     for proxy in [Proxy::Netfilter, Proxy::Sluice] {
         stack.serve_by(proxy, ARGS, ClusterIps::Kept)?;
         let mut wrong = Vec::new();
-        // Whoever could be meant: the endpoints, and the network behind the node.
+        // All possible receivers: the endpoints, and the network behind the node.
         let others = [
             stack.near.packet_socket("eth0")?,
             stack.far.packet_socket("eth0")?,
@@ -319,7 +319,7 @@ fn a_pods_frame_in_a_vlan_reaches_nobody() -> Result<()> {
                 let way = support::stack::Way::Tcp;
                 let vip = target.by_cluster_ip(way, family);
                 let node_port = target.by_node_port(stack.addresses, way, family);
-                // No tag and one of priority alone are no VLAN.
+                // Without a tag, or with a priority tag, a frame is in no VLAN.
                 for (tag, is_taken) in [(None, true), (Some(0x6000), true), (Some(100), false)] {
                     for to in [vip, node_port] {
                         port += 1;

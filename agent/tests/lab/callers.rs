@@ -1,5 +1,5 @@
-//! Whose calls are translated at the socket: those of pods that were met on their way to the
-//! Service, and nobody else's.
+//! Calls that are translated at the socket: those of pods whose packets were seen on their way to
+//! the Service, and no others.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -11,10 +11,11 @@ use crate::support::{
 use anyhow::{Context, Result, ensure};
 use sluice_lab::{Cni, Event, Namespace, NodeOptions, Running, Serve};
 
-/// Requests of each kind: the first is one of a caller that nobody knows.
+/// Number of requests of each kind. The first one's caller is not known yet.
 const TRIES: u32 = 4;
 
-/// Who answers a client at a VIP, by TCP and by UDP, with a socket for each question.
+/// Returns the backends that answer a client at a VIP, by TCP and by UDP, with a socket for each
+/// request.
 fn answer(client: &Namespace, number: u8) -> Result<BTreeSet<String>> {
     let mut names = BTreeSet::new();
     for vip in cluster_ip(number) {
@@ -58,13 +59,13 @@ fn redirect(namespace: &Namespace, number: u8, chain: &str, ports: [u16; 2]) -> 
     ))
 }
 
-/// Gives a namespace the addresses of a Service.
+/// Gives a namespace a Service's addresses.
 fn have(namespace: &Namespace, number: u8) -> Result<()> {
     let [v4, v6] = cluster_ip(number);
     namespace.ip(&format!("addr add {v4}/32 dev lo\naddr add {v6}/128 dev lo nodad")).map(drop)
 }
 
-/// Four Services, all of them with one endpoint of the cluster's.
+/// Builds a cluster with four Services, all of them with one of its endpoints.
 fn four_services(name: &str) -> Result<Cluster> {
     let cluster = Cluster::without_agents(name, &Plan { near: 1, ..Plan::default() })?;
     for (other, number) in [("one", 11), ("two", 12), ("three", 13)] {
@@ -73,7 +74,7 @@ fn four_services(name: &str) -> Result<Cluster> {
     Ok(cluster)
 }
 
-/// The calls at the socket, and the flows, of a service port.
+/// Returns the calls at the socket, and the flows, of a service port.
 fn met(cluster: &Cluster, service: &str) -> Result<(u64, u64)> {
     counted(cluster.node(), service).map(|Counted { calls, flows, .. }| (calls, flows))
 }
@@ -85,8 +86,8 @@ fn a_namespace_behind_a_pod_keeps_its_own_services() -> Result<()> {
     }
     let mut cluster = four_services("nested")?;
     let nested = cluster.client.nested("nested")?;
-    // One Service's addresses are the namespace's own. Another's are redirected by the pod, as the
-    // node of a nested cluster does.
+    // One Service's addresses are the namespace's own. Those of another are redirected by the pod,
+    // as the node of a nested cluster does.
     have(&nested, WEB)?;
     let mut servers = Vec::from(serve(&nested, [HTTP, DNS])?);
     servers.extend(serve(&cluster.client, [1080, 1053])?);
@@ -99,13 +100,13 @@ fn a_namespace_behind_a_pod_keeps_its_own_services() -> Result<()> {
         answered_by(&nested, 12, "near-1", round)?;
         let after = met(&cluster, "two")?;
         ensure!(after.0 == before.0 && after.1 > before.1, "{round}: {before:?}, then {after:?}");
-        // The pod in front of it is served as any other.
+        // The pod in front of it is served like any other.
         for number in [WEB, 11, 12] {
             answered_by(&cluster.client, number, "near-1", round)?;
         }
     }
     ensure!(met(&cluster, "two")?.0 > 0, "the pod's calls are not translated at the socket");
-    // The control: who asks for all processes' calls gets them.
+    // The control: with the option for all processes, their calls are translated.
     cluster.change_agents(&["--socket-path", "machine"])?;
     let names = answer(&nested, WEB)?;
     ensure!(names.contains("near-1"), "with --socket-path machine: {names:?}");
@@ -122,7 +123,7 @@ fn what_a_pod_keeps_to_itself_stays_there() -> Result<()> {
     have(&pod, 11)?;
     let mut servers = Vec::from(serve(&pod, [HTTP, DNS])?);
     servers.extend(serve(&pod, [1080, 1053])?);
-    // As a mesh has its proxy take a pod's calls.
+    // As in a mesh, whose proxy takes a pod's calls.
     redirect(&pod, 12, "output", [1080, 1053])?;
     cluster.start_agents(&["--socket-path", "all"])?;
     for round in ["nobody is known", "the pod is known"] {
@@ -139,7 +140,7 @@ fn what_a_pod_keeps_to_itself_stays_there() -> Result<()> {
     Ok(())
 }
 
-/// The peer that a TCP client sees.
+/// Returns the peer that a TCP client sees.
 fn peer(client: &Namespace, to: SocketAddr) -> Result<Option<SocketAddr>> {
     let events = client.ask(["tcp-client", "--count=1", "--to", &to.to_string()])?;
     let peer = events.iter().find_map(|event| {
@@ -149,7 +150,8 @@ fn peer(client: &Namespace, to: SocketAddr) -> Result<Option<SocketAddr>> {
     Ok(peer)
 }
 
-/// A pod's first call to a Service goes packet by packet, the next ones at the socket.
+/// Checks that a pod's first call to a Service is translated per packet, and the next ones at the
+/// socket.
 fn first_and_later_calls(cluster: &Cluster, what: &str) -> Result<()> {
     let node = cluster.node();
     let _ = flush(node, "callers")?;
@@ -183,7 +185,7 @@ fn a_pods_second_call_to_a_service_is_translated_at_the_socket() -> Result<()> {
         let node = NodeOptions { cni, ..NodeOptions::default() };
         let cluster = Cluster::new("second", &Plan { node, ..Plan::default() })?;
         let edge = cluster.client.host_device();
-        // With GRO the device polls: another way from the pod's end to this one.
+        // With GRO the device polls, which is another path from the pod's end to this one.
         for gro in [false, true] {
             cluster.node().offload(edge, "gro", gro)?;
             first_and_later_calls(&cluster, &format!("{cni:?}, gro {gro}"))?;
@@ -192,7 +194,7 @@ fn a_pods_second_call_to_a_service_is_translated_at_the_socket() -> Result<()> {
     Ok(())
 }
 
-/// A socket that asks on and on, and has been answered.
+/// Starts a socket that repeats its request, and waits for its first answer.
 fn asking(client: &Namespace, to: SocketAddr) -> Result<Running> {
     let to = to.to_string();
     let mut client =
@@ -217,7 +219,7 @@ fn an_unconnected_socket_keeps_its_way_when_its_pod_gets_known_or_forgotten() ->
         let before = met(&cluster, "web:dns")?;
         first.push(asking(&cluster.client, vip)?);
         ensure!(met(&cluster, "web:dns")?.1 > before.1, "the first socket opened no flow");
-        // What is open by now must not be counted for those that come.
+        // Sockets that are open already must not be counted among later ones.
         later.push(asking(&cluster.client, vip)?);
     }
     let _ = flush(&node, "callers")?;
@@ -226,7 +228,7 @@ fn an_unconnected_socket_keeps_its_way_when_its_pod_gets_known_or_forgotten() ->
     for _ in 0..2 {
         more(&mut first)?;
         more(&mut later)?;
-        // Somebody makes the pod known once more.
+        // Another socket makes the pod known once more.
         let _ = cluster.client.udp_ask(vips[0], 2)?;
         let _ = cluster.client.udp_ask(vips[1], 2)?;
     }
@@ -237,7 +239,7 @@ fn an_unconnected_socket_keeps_its_way_when_its_pod_gets_known_or_forgotten() ->
             ensure!(names.len() == 1, "one socket that began {what} was answered by {names:?}");
         }
     }
-    // None of the first ones calls at the socket, all of the later ones do.
+    // None of the first ones is translated at the socket, all of the later ones are.
     later.clear();
     let before = met(&cluster, "web:dns")?.0;
     more(&mut first)?;
@@ -266,7 +268,7 @@ fn a_first_call_disturbs_no_connection_that_was_made_at_the_socket() -> Result<(
         let unknown = SocketAddr::new(external_ip(WEB)[family], ECHO);
         let _ = flush(node, "callers")?;
         let _ = peer(pod, known)?;
-        // From one port to one endpoint, each by a frontend of its own.
+        // All connections are from one port to one endpoint, each by a frontend of its own.
         one_port(pod, [45_000, 46_000][family])?;
         let before = met(&cluster, "web:echo")?;
         let to = known.to_string();
@@ -299,7 +301,7 @@ fn a_frontend_that_a_pod_begins_to_keep_to_itself_gets_its_own() -> Result<()> {
         answered_by(pod, WEB, "near-1", how)?;
     }
     redirect(pod, WEB, "output", [1080, 1053])?;
-    // The control: what was met not long before counts.
+    // The control: a caller that was seen shortly before counts.
     let names = answer(pod, WEB)?;
     ensure!(names.contains("near-1"), "{names:?}");
     let _ = age(cluster.node(), "callers")?;

@@ -1,5 +1,5 @@
-//! kube-proxy's configuration file is read, followed while it changes, and kept away from when it
-//! is broken.
+//! The agent reads kube-proxy's configuration file, follows its changes, and ignores it while it is
+//! broken.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -33,7 +33,7 @@ fn a_configuration_is_followed_without_losing_a_connection() -> Result<()> {
         &file,
         "mode: nftables\nhostnameOverride: n1\nipvs: {scheduler: rr}\nhealthzBindAddress: 127.0.0.1:10300\n",
     )?;
-    // Whoever starts the agent in the lab names the node by itself.
+    // The lab's own arguments name the node.
     cluster.start_agents(&["--config", &config])?;
     let log = cluster.agents[0].log();
     ensure!(
@@ -45,13 +45,13 @@ fn a_configuration_is_followed_without_losing_a_connection() -> Result<()> {
     );
     ensure!(told(&node, "/last/policy/nodeport_addresses")? == "primary");
     let pid = told(&node, "/agent/pid")?;
-    // A connection that stays, all the time.
+    // A connection that stays open all the time.
     let [vip, _] = cluster_ip(WEB);
     let to = SocketAddr::new(vip, ECHO).to_string();
     let mut stream = cluster.client.tool(["tcp-client", "--interval-ms=40", "--to", &to])?;
 
     write(&file, "mode: iptables\nhostnameOverride: n1\nhealthzBindAddress: 127.0.0.1:10301\n")?;
-    // It looks by itself every five seconds, and then verifies its programs.
+    // The agent checks every five seconds, and then verifies its programs.
     until_within(4 * SOON, "the agent starts anew", || {
         Ok((told(&node, "/last/policy/nodeport_addresses")? == "all,localhost"
             && told(&node, "/ready")? == Value::Bool(true))
@@ -62,7 +62,7 @@ fn a_configuration_is_followed_without_losing_a_connection() -> Result<()> {
         node.run("curl", ["-sS", "http://127.0.0.1:10301/livez"])?.contains("\"healthy\":true")
     );
 
-    // A broken file changes nothing, and is told.
+    // A broken file changes nothing, and is reported.
     write(&file, "mode: kernelspace\n")?;
     let problem = until_within(2 * SOON, "the broken file is told", || {
         let problems = told(&node, "/last/problems")?;

@@ -1,4 +1,5 @@
-//! The table that another proxy leaves behind: its stale UDP entries go, and no others.
+//! The conntrack table that another proxy leaves behind: its stale UDP entries are removed, and no
+//! others.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -16,14 +17,14 @@ use sluice_lab::{Lab, Namespace, Node, NodeOptions, Running, Serve};
 use tokio::sync::watch;
 
 const NODE_PORT: u16 = 30_053;
-/// VIPs whose entries lead to an endpoint that serves, to one that no longer does, to nobody, and
-/// to nobody in a zone of its own.
+/// VIPs whose entries lead to a serving endpoint, to one that no longer serves, to nobody, and to
+/// nobody in a zone of its own.
 const SERVED: u8 = 10;
 const MOVED: u8 = 11;
 const UNSERVED: u8 = 12;
 const ZONED: u8 = 13;
 
-/// What tells entries apart here: protocol, original destination, zone.
+/// The identity of an entry in these tests: protocol, original destination, zone.
 type Entry = (String, SocketAddr, u16);
 
 fn entries(node: &Namespace, family: IpFamily) -> Result<BTreeSet<Entry>> {
@@ -45,7 +46,7 @@ fn udp(address: IpAddr, port: u16) -> Entry {
     ("udp".to_owned(), SocketAddr::new(address, port), 0)
 }
 
-/// Sends a datagram from a new socket, and waits for an answer if one is to come.
+/// Sends a datagram from a new socket, and waits for an answer if one is expected.
 fn ask(from: &Namespace, to: SocketAddr, is_answered: bool) -> Result<()> {
     from.enter(|| -> Result<()> {
         let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
@@ -60,7 +61,7 @@ fn ask(from: &Namespace, to: SocketAddr, is_answered: bool) -> Result<()> {
     .with_context(|| format!("{} asks {to}", from.name()))
 }
 
-/// What another proxy would have in nftables.
+/// Returns the rules that another proxy would have in nftables.
 fn rules(moved: Pair, served: Pair) -> String {
     let of_family = |index: usize, word: &str| {
         let [in_zone, at_served, at_moved] =
@@ -91,18 +92,18 @@ fn rules(moved: Pair, served: Pair) -> String {
 struct Bench {
     node: Node,
     frontends: UdpFrontends,
-    /// What has to stay, of each family.
+    /// Entries that have to stay, of each family.
     stays: [BTreeSet<Entry>; 2],
-    /// What has to go.
+    /// Entries that have to go.
     goes: [BTreeSet<Entry>; 2],
-    /// Closed connections would take their entries along.
+    /// Connections that are kept open, because their entries would go with them.
     _connections: Vec<TcpStream>,
     _servers: Vec<Running>,
     _lab: Lab,
 }
 
 impl Bench {
-    /// Builds the node and sends what makes the entries.
+    /// Builds the node and sends the packets that make the entries.
     fn new(name: &str) -> Result<Self> {
         let lab = Lab::new(name)?;
         let node = lab.node("n1", &NodeOptions::default())?;
@@ -130,7 +131,7 @@ impl Bench {
             frontend(vip(MOVED), DNS, &serving);
             frontend(vip(UNSERVED), DNS, &BTreeSet::new());
             frontend(vip(ZONED), DNS, &BTreeSet::new());
-            // As a VIP of ours, which conntrack sees answer by itself.
+            // Like a VIP of ours, which conntrack sees answer by itself.
             frontend(pod, DNS_TARGET, &BTreeSet::new());
             frontends.node_ports.entry(NODE_PORT).or_default().extend(serving);
             let _ = frontends.node_addresses.insert(own);
@@ -149,7 +150,7 @@ impl Bench {
             }
             ask(&client, SocketAddr::new(vip(ZONED), DNS), false)?;
             let _ = goes[index].insert(("udp".to_owned(), SocketAddr::new(vip(ZONED), DNS), 7));
-            // TCP at the very same frontend.
+            // TCP at the same frontend.
             let tcp = SocketAddr::new(vip(MOVED), DNS);
             connections.push(client.enter(|| TcpStream::connect_timeout(&tcp, SOON))??);
             let _ = stays[index].insert(("tcp".to_owned(), tcp, 0));
@@ -190,7 +191,7 @@ fn conntrack_loses_exactly_the_stale_entries_of_udp() -> Result<()> {
         return Ok(());
     }
     let bench = Bench::new("stale")?;
-    // More than fit one piece of the listing, so that entries go while it is under way.
+    // More entries than fit one part of the listing, so that entries are removed during it.
     let sources = 20_000..21_000_u16;
     for vip in cluster_ip(UNSERVED) {
         let any: IpAddr =
@@ -237,7 +238,7 @@ fn conntrack_is_cleaned_at_the_start_and_when_frontends_change_or_go() -> Result
             let first = told.borrow().clone();
             let expected = [0, 1].map(|index| bench.goes[index].len() as u64);
             ensure!(first.deleted == expected && first.problem.is_none(), "{first:?}");
-            // The frontend that is left goes, and with it whoever served it.
+            // The last frontend goes, and with it its backend.
             let mut changed = bench.frontends.clone();
             let gone = cluster_ip(SERVED)[0];
             let _ = changed.vips.remove(&(gone, DNS));

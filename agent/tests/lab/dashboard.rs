@@ -1,5 +1,6 @@
-//! What is deployed beside the metrics: alert rules and dashboard, judged by the real promtool and
-//! asked of a real Prometheus that scrapes an agent (`SLUICE_PROMETHEUS`: the directory with both).
+//! Alert rules and dashboard, which are deployed next to the metrics, checked by the real promtool
+//! and evaluated by a real Prometheus that scrapes an agent (`SLUICE_PROMETHEUS`: the directory
+//! with both).
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
@@ -8,14 +9,14 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::support::{
-    Cluster, DNS, HTTP, Plan, WEB, cluster_ip, external_ip, route_to, service, skip, until,
+    Cluster, DNS, HTTP, Plan, WEB, cluster_ip, external_ip, pinned, route_to, service, skip, until,
     until_backends, until_within, url,
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use sluice_lab::{Namespace, Node};
 
-/// Where the real programs are, or why they are not.
+/// Returns the directory of the real programs. Reports the test as skipped if there is none.
 fn prometheus(test: &str) -> Option<PathBuf> {
     let directory = std::env::var_os("SLUICE_PROMETHEUS").map(PathBuf::from);
     if directory.is_none() {
@@ -63,7 +64,7 @@ fn promtool_takes_the_alert_rules_and_each_fires_when_it_should() -> Result<()> 
     Ok(())
 }
 
-/// The questions of a dashboard: panel and expression, its variables filled in.
+/// Returns the questions of a dashboard: panel and expression, its variables filled in.
 fn questions() -> Result<Vec<(String, String)>> {
     let dashboard: Value = serde_json::from_str(&read("grafana/sluice.json")?)?;
     let mut questions = Vec::new();
@@ -87,7 +88,7 @@ fn questions() -> Result<Vec<(String, String)>> {
     Ok(questions)
 }
 
-/// What `promtool check metrics` has against a text.
+/// Returns what `promtool check metrics` objects to in a text.
 fn promtool_check(programs: &Path, text: &str) -> Result<String> {
     let mut child = Command::new(programs.join("promtool"))
         .args(["check", "metrics"])
@@ -104,7 +105,7 @@ fn promtool_check(programs: &Path, text: &str) -> Result<String> {
     Ok(said)
 }
 
-/// The names of our metrics in a text.
+/// Returns the names of our metrics in a text.
 fn metrics(text: &str) -> BTreeSet<String> {
     text.split(|char: char| !char.is_ascii_alphanumeric() && char != '_')
         .filter(|word| word.starts_with("sluice_") || word.starts_with("kubeproxy_"))
@@ -149,7 +150,13 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_in_a_scraped_agent() -> 
     until_backends(node, "empty", 0)?;
     route_to(&cluster.lab, external_ip(40)[0], node)?;
 
-    // Whatever is named is there.
+    // Drift has a series once there was some.
+    std::fs::remove_file(pinned(node, "names")?)?;
+    let _ = until_within(Duration::from_secs(30), "the pin is there again", || {
+        Ok(pinned(node, "names").ok())
+    })?;
+
+    // Every metric that is named exists.
     let text = node.run("curl", ["-sS", "http://127.0.0.1:10249/metrics"])?;
     let there: BTreeSet<&str> =
         text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
@@ -161,7 +168,7 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_in_a_scraped_agent() -> 
         ensure!(there.contains(family.unwrap_or(name)), "{name} is not in /metrics");
     }
     for round in 0..2 {
-        // The second time with what traffic adds.
+        // The second time includes what traffic adds.
         if round == 1 {
             traffic(&cluster)?;
         }
@@ -194,7 +201,7 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_in_a_scraped_agent() -> 
         Ok(up.is_ok_and(|up| up.pointer("/data/result/0").is_some()).then_some(()))
     })?;
 
-    // Questions that have nothing to tell of a node that is well.
+    // Queries that have no result for a healthy node.
     let quiet = [
         "Resets and connections that failed",
         "From a change of endpoints to the maps",
@@ -220,7 +227,8 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_in_a_scraped_agent() -> 
     })
     .with_context(|| "some question has no answer".to_owned())?;
 
-    // The rules are evaluated without an error, and none fires but what the traffic asks for.
+    // The rules are evaluated without an error, and no alert fires except those that the traffic
+    // causes.
     let groups = until("the rules' evaluation", || {
         let rules = ask(node, "rules", &[])?;
         let all = rules
@@ -235,7 +243,8 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_in_a_scraped_agent() -> 
         .filter(|rule| rule["state"] != "inactive")
         .filter_map(|rule| rule["name"].as_str())
         .collect();
-    ensure!(firing.iter().all(|name| *name == "SluiceServiceWithoutBackends"), "{firing:?}");
+    let expected = ["SluiceServiceWithoutBackends", "SluiceDrift"];
+    ensure!(firing.iter().all(|name| expected.contains(name)), "{firing:?}");
     let _ = server.stop()?;
     Ok(())
 }

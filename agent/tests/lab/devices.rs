@@ -10,7 +10,7 @@ use crate::support::{
 use anyhow::{Context, Result, ensure};
 use sluice_lab::{Cni, Node, NodeOptions};
 
-/// The devices that `sluice status` lists, with their hooks.
+/// Returns the devices that `sluice status` lists, with their hooks.
 fn devices(node: &Node) -> Result<Vec<(String, String)>> {
     let status = status(node)?;
     let all = status.get("devices").and_then(|all| all.as_array()).cloned().unwrap_or_default();
@@ -29,7 +29,7 @@ fn a_pod_that_comes_later_is_served(name: &str, cni: Cni) -> Result<()> {
     for number in 1..=3 {
         let pod = node.pod(&format!("late-{number}"))?;
         let made = Instant::now();
-        // Untranslated, its requests leave by the uplink and come to nothing.
+        // Its requests would leave by the uplink untranslated and be lost.
         until("a late pod is served", || {
             let url = format!("http://{to}/");
             Ok(pod
@@ -40,7 +40,7 @@ fn a_pod_that_comes_later_is_served(name: &str, cni: Cni) -> Result<()> {
         })?;
         slowest = slowest.max(made.elapsed());
         reaches(&pod, cluster_ip(WEB), &["near-1"], Some(addresses_of_pod(&pod)))?;
-        // It can be a backend too.
+        // It can be a backend as well.
         if number == 3 {
             cluster.serve(&pod)?;
             cluster.manifests.write(&cluster.web().backends([&cluster.backends[0], &pod]))?;
@@ -87,7 +87,7 @@ fn a_pod_that_goes_leaves_nothing_behind() -> Result<()> {
     let going = cluster.backends.pop().context("a backend")?;
     let device = going.host_device().to_owned();
     let index = node.run("cat", [&format!("/sys/class/net/{device}/ifindex")]);
-    // sysfs shows the namespace that it was mounted in: ask ip instead.
+    // sysfs shows the namespace in which it was mounted, so `ip` is used.
     let index = match index {
         Ok(index) if !index.trim().is_empty() => index,
         Ok(_) | Err(_) => node

@@ -4,20 +4,23 @@ use std::process::Output;
 
 use crate::support;
 use crate::support::{
-    Cluster, Plan, WEB, cluster_ip, flush, number, pinned, reaches, service, skip,
-    unless_unsupported, until, until_backends, word,
+    Cluster, Plan, WEB, cluster_ip, flush, follows_the_schema, number, pinned, reaches, service,
+    skip, status, unless_unsupported, until, until_backends, word,
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use sluice_lab::{Cni, Node, NodeOptions, Overlay};
 
-/// Runs `sluice diff`; its exit code, its JSON (if it printed any), and what it said to standard
-/// error.
+/// Runs `sluice diff`. Returns its exit code, its JSON if it printed any, and its output on
+/// standard error.
 fn diff(node: &Node, args: &[&str]) -> Result<(i32, Value, String)> {
     let args: Vec<&str> = ["diff", "-o", "json"].iter().chain(args).copied().collect();
     let Output { status, stdout, stderr } = node.sluice_output(&args)?;
     let said = String::from_utf8_lossy(&stderr).into_owned();
-    let report = serde_json::from_slice(&stdout).unwrap_or_default();
+    let report: Value = serde_json::from_slice(&stdout).unwrap_or_default();
+    if !report.is_null() {
+        follows_the_schema(&report)?;
+    }
     Ok((status.code().context("it was killed")?, report, said))
 }
 
@@ -25,7 +28,7 @@ fn rows(report: &Value) -> Vec<Value> {
     report.get("differences").and_then(Value::as_array).cloned().unwrap_or_default()
 }
 
-/// The change and map of every row.
+/// Returns the change and map of every row.
 fn changes(report: &Value) -> Vec<(String, String)> {
     rows(report)
         .iter()
@@ -43,8 +46,8 @@ fn table(node: &Node, args: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// In another network namespace devices and addresses are others: nothing is compared there, and
-/// nothing removed.
+/// In another network namespace devices and addresses are different: nothing is compared or removed
+/// there.
 fn elsewhere(cluster: &Cluster, node: &Node) -> Result<()> {
     let server = format!("{}:80", cluster_ip(WEB)[0]);
     let explain = ["explain", "tcp", "10.0.0.1:4001", &server, "--from", "host"];
@@ -73,7 +76,7 @@ fn a_difference_is_shown_and_repaired() -> Result<()> {
     let plan = Plan { args: vec!["--masquerade", "all"], far: 1, ..Plan::default() };
     let mut cluster = Cluster::new("diff", &plan)?;
     let node = cluster.node().clone();
-    // As the agent was started, without a flag.
+    // With the agent's own options, without a flag.
     let (code, report, said) = diff(&node, &[])?;
     ensure!(code == 0 && rows(&report).is_empty(), "beside an agent: {code} {report} {said}");
     ensure!(report.get("agent_alive") == Some(&Value::Bool(true)), "{report}");
@@ -84,7 +87,9 @@ fn a_difference_is_shown_and_repaired() -> Result<()> {
         "{report} {said}"
     );
 
-    // Somebody empties two maps.
+    // Two maps are emptied by hand while the agent is stopped.
+    let pid = status(&node)?.pointer("/agent/pid").context("no pid")?.to_string();
+    let _ = node.run("kill", ["-STOP", &pid])?;
     let deleted = flush(&node, "services_v4")?;
     let origins = flush(&node, "origins_v4")?;
     let (code, report, said) = diff(&node, &[])?;
@@ -108,7 +113,7 @@ fn a_difference_is_shown_and_repaired() -> Result<()> {
     let (code, report, said) = diff(&node, &["--repair"])?;
     ensure!(code == 2 && report.is_null(), "a repair beside an agent: {code} {report}");
     ensure!(said.contains("restart it") && said.contains("pid"), "{said}");
-    cluster.agent().stop()?;
+    cluster.agent().kill9()?;
     elsewhere(&cluster, &node)?;
     table(&node, &["--repair"])?;
     reaches(&cluster.client, cluster_ip(WEB), &cluster.names(), None)?;
@@ -117,7 +122,7 @@ fn a_difference_is_shown_and_repaired() -> Result<()> {
     let (code, report, _) = diff(&node, &["--repair"])?;
     ensure!(code == 0 && report.get("repaired_writes").is_none(), "nothing to repair: {report}");
 
-    // Without an agent, another service comes and a backend goes.
+    // Without an agent, a service comes and a backend goes.
     cluster.manifests.write(&service("fresh", 20).backends(&cluster.backends))?;
     cluster.manifests.write(&cluster.web().backends(&cluster.backends[..2]))?;
     table(&node, &[])?;
@@ -152,7 +157,7 @@ fn a_difference_is_shown_and_repaired() -> Result<()> {
 }
 
 #[test]
-fn what_cannot_be_told_has_a_code_of_its_own() -> Result<()> {
+fn an_unknown_difference_has_an_exit_code_of_its_own() -> Result<()> {
     if skip("what_cannot_be_told") {
         return Ok(());
     }
@@ -172,7 +177,7 @@ fn what_cannot_be_told_has_a_code_of_its_own() -> Result<()> {
         ensure!(code == 2 && said.contains(expected), "{args:?}: {code} {said}");
         println!("{args:?}: {said}");
     }
-    // What cannot be read is not taken for gone.
+    // Objects that cannot be read are not taken for deleted.
     cluster.agent().stop()?;
     cluster.manifests.write_text("default-web.yaml", "kind: Service\n\tmetadata: [\n")?;
     let (code, report, said) = diff(&node, &[])?;
@@ -184,7 +189,7 @@ fn what_cannot_be_told_has_a_code_of_its_own() -> Result<()> {
     ensure!(code == 2 && said.contains("fix it first"), "{code} {said}");
     println!("{said}");
     reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None)?;
-    // Another layout of the key space: a single slot that somebody overwrote.
+    // A single slot that was overwritten by hand.
     cluster.manifests.write(&cluster.web())?;
     let slots = pinned(&node, "slots")?.display().to_string();
     let zeros = vec!["0"; 64].join(" ");
@@ -199,7 +204,7 @@ fn what_cannot_be_told_has_a_code_of_its_own() -> Result<()> {
 }
 
 #[test]
-fn beside_an_agent_that_has_seen_much_nothing_differs() -> Result<()> {
+fn nothing_differs_next_to_an_agent_that_has_seen_many_changes() -> Result<()> {
     if skip("beside_an_agent") {
         return Ok(());
     }
@@ -224,8 +229,8 @@ fn much_seen() -> Result<()> {
     };
     let mut cluster = Cluster::new("diff-much", &plan)?;
     let node = cluster.node().clone();
-    // Services come and go, and so do backends, node ports and pods: what lingers for connections
-    // is no difference.
+    // Services come and go, and so do backends, node ports and pods. Entries that are kept for
+    // connections are no difference.
     for number in 20..24_u8 {
         let name = format!("extra-{number}");
         let extra = service(&name, number).backends(&cluster.backends);
@@ -249,7 +254,7 @@ fn much_seen() -> Result<()> {
         })
     };
     in_step()?;
-    // The same after an agent that adopted all of it, and with nobody there.
+    // The same after an agent that adopted all of it, and without any agent.
     cluster.agent().kill9()?;
     in_step()?;
     cluster.agent().restart()?;

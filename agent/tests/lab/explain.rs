@@ -1,27 +1,28 @@
-//! What `sluice explain` tells of the live maps, against what packets really meet.
+//! The answers of `sluice explain` from the live maps, compared with what real packets show.
 
 use std::net::{IpAddr, SocketAddr};
 
 use crate::support::{
-    Cluster, DNS, HTTP, Plan, WEB, addresses_of_client, addresses_of_pod, cluster_ip, external_ip,
-    reaches, replies, skip, status, until, word,
+    Cluster, DNS, HTTP, Plan, SOON, WEB, addresses_of_client, addresses_of_pod, cluster_ip,
+    external_ip, follows_the_schema, listed, reaches, replies, skip, status, until, word,
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use sluice_lab::Node;
 
-/// Asks the node; the exit code and the answer.
+/// Runs the command on the node. Returns the exit code and the answer.
 fn ask(node: &Node, words: &str) -> Result<(i32, Value)> {
     let words: Vec<&str> =
         ["explain"].into_iter().chain(words.split(' ')).chain(["-o", "json"]).collect();
     let output = node.sluice_output(&words)?;
     let answer = serde_json::from_slice(&output.stdout)
         .with_context(|| format!("{words:?}: {}", String::from_utf8_lossy(&output.stderr)))?;
+    follows_the_schema(&answer)?;
     Ok((output.status.code().unwrap_or(-1), answer))
 }
 
 #[test]
-fn the_backend_that_is_told_is_the_one_that_answers() -> Result<()> {
+fn the_backend_that_explain_names_is_the_one_that_answers() -> Result<()> {
     if skip("the_backend_that_is_told") {
         return Ok(());
     }
@@ -60,7 +61,7 @@ fn the_backend_that_is_told_is_the_one_that_answers() -> Result<()> {
             let kept = reply.seen.ip() == *client;
             ensure!(kept == (word(&told, "source") == "kept"), "{words}: {reply:?}: {told}");
 
-            // The flow that is now known is told, and leads to the same backend.
+            // The answer now names the known flow, and leads to the same backend.
             let (_, again) = ask(node, &words)?;
             let steps = again["steps"].as_array().cloned().unwrap_or_default();
             ensure!(steps.iter().any(|step| word(step, "step") == "flow"), "{words}: {again}");
@@ -74,7 +75,7 @@ fn the_backend_that_is_told_is_the_one_that_answers() -> Result<()> {
 }
 
 #[test]
-fn a_look_leaves_no_trace_and_what_if_changes_nothing() -> Result<()> {
+fn explain_leaves_no_trace_and_assumed_objects_change_nothing() -> Result<()> {
     if skip("a_look_leaves_no_trace") {
         return Ok(());
     }
@@ -117,13 +118,87 @@ fn a_look_leaves_no_trace_and_what_if_changes_nothing() -> Result<()> {
 
     let after = (status(node)?["reasons"].clone(), node.sluice(&["flows", "-o", "json"])?);
     ensure!(before.0 == after.0, "{before:?} {after:?}");
-    let count = |flows: &str| serde_json::from_str::<Vec<Value>>(flows).map(|flows| flows.len());
+    let count = |flows: &str| {
+        let flows: Value = serde_json::from_str(flows)?;
+        anyhow::Ok(flows["items"].as_array().map(Vec::len))
+    };
     ensure!(count(&before.1)? == count(&after.1)?, "{before:?} {after:?}");
     Ok(())
 }
 
+/// A Service with a label, without endpoints, and the client's Pod.
+fn named(cluster: &Cluster) -> String {
+    let [client, client6] = addresses_of_pod(&cluster.client);
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: client, namespace: shop}}\n\
+         spec: {{nodeName: {}}}\n\
+         status: {{phase: Running, podIPs: [{{ip: \"{client}\"}}, {{ip: \"{client6}\"}}]}}\n---\n\
+         apiVersion: v1\nkind: Service\n\
+         metadata: {{name: empty, namespace: shop, labels: {{tier: back}}}}\n\
+         spec: {{clusterIP: 10.96.7.7, ports: [{{port: 80}}]}}\n",
+        cluster.node().name()
+    )
+}
+
 #[test]
-fn a_virtual_machines_port_is_told_to_change() -> Result<()> {
+fn names_stand_for_addresses_and_lists_are_as_kubectls() -> Result<()> {
+    if skip("names_stand_for_addresses") {
+        return Ok(());
+    }
+    let cluster = Cluster::new("names", &Plan { near: 1, far: 1, ..Plan::default() })?;
+    let node = cluster.node();
+    cluster.manifests.write_text("named.yaml", &named(&cluster))?;
+    let said = |words: &str| {
+        let output = node.sluice_output(&words.split(' ').collect::<Vec<_>>())?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        anyhow::Ok((output.status.code(), text(&output.stdout), text(&output.stderr)))
+    };
+    until("the Service in the maps", || {
+        Ok(said("services -n shop -o name")?.1.contains("service/shop/empty:80").then_some(()))
+    })?;
+
+    let (code, told) = ask(node, "pod/shop/client svc/web:http")?;
+    ensure!(code == 0 && word(&told["socket"], "verdict") == "forward", "{told}");
+    let far = cluster.backends.last().context("a backend on the other node")?.name().to_owned();
+    let outside = addresses_of_client(&cluster.outside)[0];
+    for (words, why) in [
+        (format!("pod/{far} svc/web:http"), "whose own maps decide about its packets"),
+        ("pod/shop/nosuch svc/web:http".to_owned(), "there is no pod shop/nosuch"),
+        (format!("{outside}:1 svc/web:http --from pod"), "which leads off the node"),
+        (format!("{outside}:1 svc/web:http --from host"), "no device of this node has"),
+    ] {
+        let (code, text, error) = said(&format!("explain {words}"))?;
+        ensure!(code == Some(1) && text.is_empty() && error.contains(why), "{words}: {error}");
+    }
+
+    let rows = listed(node, &["backends", "web:http"])?;
+    let of_far = rows.iter().filter(|row| word(row, "pod") == format!("default/{far}"));
+    ensure!(of_far.count() == 2, "a backend of each family: {rows:?}");
+    let (_, wide, _) = said("backends web:http -o wide --no-headers")?;
+    ensure!(wide.contains(&format!("default/{far}")) && !wide.contains("SERVICE"), "{wide}");
+    let (_, labelled, _) = said("services -l tier=back -o jsonpath={.items[*].service}")?;
+    ensure!(labelled == "empty", "{labelled:?}");
+    let (code, text, error) = said("services nosuch -n shop")?;
+    ensure!(
+        (code, text.as_str(), error.as_str())
+            == (Some(0), "", "No resources found in shop namespace.\n"),
+        "{error}"
+    );
+
+    // A watch prints the row again when it has changed.
+    let args = ["services", "web:http", "-w", "-o", "jsonpath={.connections} "];
+    let mut watch = node.spawn_command(node.sluice_command(&args)?)?;
+    watch
+        .wait_until("the first rows", SOON, |this| this.stdout().contains("0 0 ").then_some(()))?;
+    reaches(&cluster.client, cluster_ip(WEB), &cluster.names(), None)?;
+    reaches(&cluster.client, cluster_ip(WEB), &cluster.names(), None)?;
+    watch.wait_until("changed rows", SOON, |this| {
+        this.stdout().split(' ').any(|count| count != "0" && !count.is_empty()).then_some(())
+    })
+}
+
+#[test]
+fn explain_reports_that_a_virtual_machines_port_changes() -> Result<()> {
     if skip("a_virtual_machines_port") {
         return Ok(());
     }
@@ -155,7 +230,7 @@ fn a_virtual_machines_port_is_told_to_change() -> Result<()> {
     Ok(())
 }
 
-/// An address as it stands before a port.
+/// Returns an address in the form that precedes a port.
 fn before_port(address: IpAddr) -> String {
     if address.is_ipv4() { format!("{address}:") } else { format!("[{address}]:") }
 }

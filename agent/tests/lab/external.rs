@@ -1,5 +1,5 @@
-//! Clients from outside: node ports, load balancers and external addresses, on this node's backends
-//! and on another's.
+//! Clients outside, at node ports, load balancers' and external addresses, with backends on this
+//! node and on another one.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -23,7 +23,7 @@ const NODE_DNS: u16 = 30_053;
 const MORE: u16 = 70;
 const NODE_MORE: u16 = 30_070;
 
-/// The service `web` with node ports.
+/// Returns the service `web` with node ports.
 fn web(cluster: &Cluster) -> Service {
     let [cluster4, cluster6] = cluster_ip(WEB);
     let [external4, external6] = external_ip(WEB);
@@ -39,7 +39,7 @@ fn web(cluster: &Cluster) -> Service {
         .backends(&cluster.backends)
 }
 
-/// What a client gets by each way at an address: TCP, UDP, connected UDP.
+/// Returns what a client gets in each way at an address: by TCP, UDP and connected UDP.
 fn by_all_ways(
     client: &Namespace,
     address: IpAddr,
@@ -56,8 +56,8 @@ fn by_all_ways(
     ways.into_iter().map(|(what, replies)| Ok((what.clone(), replies.context(what)?))).collect()
 }
 
-/// A client reaches all backends at an address; those whose names begin with `near` see it as
-/// `near`, others as one of `far`.
+/// Checks that a client reaches all backends at an address. Those whose names begin with `near` see
+/// it as `near`, the others as one of `far`.
 fn sees(
     client: &Namespace,
     address: IpAddr,
@@ -79,7 +79,7 @@ fn sees(
     Ok(())
 }
 
-/// Every address that a node has, as its own `ip` tells.
+/// Returns every address of a node, as its own `ip` lists them.
 fn all_addresses(node: &Namespace) -> Result<Vec<IpAddr>> {
     let text = node.run("ip", ["-o", "address"])?;
     let words = text.split_whitespace().filter_map(|word| word.split('/').next());
@@ -101,7 +101,7 @@ fn clients_outside_reach_both_nodes(name: &str, overlay: Overlay, cni: Cni) -> R
         let address = addresses_of_node(cluster.node())[family];
         sees(&cluster.outside, address, [NODE_HTTP, NODE_DNS], &names, client[family], &own)?;
         transfers(&cluster.outside, vip, 3_000_000)?;
-        // A pod keeps its own address everywhere.
+        // A pod keeps its own address in every case.
         let pod = addresses_of_pod(&cluster.client)[family];
         sees(&cluster.client, address, [NODE_HTTP, NODE_DNS], &names, pod, &[pod])?;
         sees(&cluster.client, vip, [HTTP, DNS], &names, pod, &[pod])?;
@@ -165,7 +165,7 @@ fn as_kube_proxy_clients_of_external_addresses_are_masqueraded() -> Result<()> {
     Ok(())
 }
 
-/// Both nodes' addresses of a family, where node ports are.
+/// Returns both nodes' addresses of a family, where node ports are.
 fn node_ports_of(cluster: &Cluster, family: usize) -> [IpAddr; 2] {
     [addresses_of_node(&cluster.nodes[0])[family], addresses_of_node(&cluster.nodes[1])[family]]
 }
@@ -192,14 +192,14 @@ fn a_local_policy_serves_local_backends_alone_and_keeps_the_source() -> Result<(
                 );
             }
         }
-        // A pod takes the short circuit to all.
+        // A pod reaches all backends by the short circuit.
         let vip = external_ip(WEB)[family];
         for (what, replies) in by_all_ways(&cluster.client, vip, HTTP, DNS)? {
             let port = if what.contains("UDP") { DNS } else { HTTP };
             all_answer(&what, &replies, &["near-1", "far-1"], SocketAddr::new(vip, port))?;
         }
     }
-    // Nobody local is left: dropped, not rejected.
+    // No local backend is left: packets are dropped, not rejected.
     let far = cluster.backends[1].clone();
     cluster
         .manifests
@@ -254,7 +254,7 @@ fn only_sources_in_range_reach_a_load_balancer() -> Result<()> {
             ])?;
             Ok(events.iter().any(|event| matches!(event, Event::Lost { .. })).then_some(()))
         })?;
-        // Pods are no exception; node ports and ClusterIPs are none of the ranges' business.
+        // Pods are no exception. The ranges do not apply to node ports and ClusterIPs.
         let lost =
             cluster.client.ask(["udp-client", "--count=1", "--timeout-ms=200", "--to", &to])?;
         ensure!(lost.iter().any(|event| matches!(event, Event::Lost { .. })), "{lost:?}");
@@ -294,9 +294,10 @@ fn a_client_with_affinity_stays_with_its_backend() -> Result<()> {
             chosen.push(ask(client, vip)?);
         }
     }
-    // Whichever of its addresses was used: affinity is the service port's.
+    // It does not matter which of its addresses was used: affinity belongs to the service port.
     ensure!(chosen[2] == chosen[4] && chosen[3] == chosen[5], "{chosen:?}");
-    // The one that leaves is replaced, the others keep theirs: the entries outlive the tables.
+    // The client's backend that leaves is replaced, the others stay: the entries outlive the
+    // tables.
     let left = chosen[0].clone();
     let rest: Vec<_> = cluster.backends.iter().filter(|pod| pod.name() != left).cloned().collect();
     cluster.manifests.write(&sticky(&cluster).backends(&rest))?;
@@ -343,7 +344,7 @@ fn a_port_that_a_cluster_ip_does_not_have_is_refused_at_once() -> Result<()> {
     Ok(())
 }
 
-/// A connection that asks again and again.
+/// A connection that repeats its request.
 struct Talk {
     what: String,
     client: Running,
@@ -360,7 +361,7 @@ impl Talk {
         Ok(Self { what, client })
     }
 
-    /// It is answered some more times, by whom it was answered before.
+    /// Checks that it is answered some more times, by the same backend as before.
     fn goes_on(&mut self, when: &str) -> Result<String> {
         let what = format!("{}, {when}", self.what);
         self.client.goes_on(3, SOON).with_context(|| what.clone())?;
@@ -382,7 +383,7 @@ fn established_connections_survive_the_removal_of_their_service() -> Result<()> 
         web(cluster).port(Port::tcp("more", MORE, ECHO_TARGET).node_port(NODE_MORE))
     };
     cluster.manifests.write(&with_echo(&cluster))?;
-    // Another Service with a node port beside it.
+    // Another Service with a node port.
     let other = Service::new("other")
         .cluster_ip(cluster_ip(20)[0])
         .port(Port::tcp("http", HTTP, HTTP_TARGET).node_port(NODE_HTTP + 1))
@@ -395,7 +396,7 @@ fn established_connections_survive_the_removal_of_their_service() -> Result<()> 
         let node = SocketAddr::new(addresses_of_node(cluster.node())[family], NODE_MORE);
         let external = SocketAddr::new(external_ip(WEB)[family], MORE);
         let inside = SocketAddr::new(cluster_ip(WEB)[family], MORE);
-        // Thirty-two in all: both backends have some.
+        // There are thirty-two, so that both backends have some.
         for _ in 0..4 {
             for (client, to) in [
                 (&*cluster.outside, node),
@@ -419,7 +420,7 @@ fn established_connections_survive_the_removal_of_their_service() -> Result<()> 
     for talk in &mut open {
         let _ = talk.goes_on("without its Service")?;
     }
-    // New ones find nobody, and the other Service is none the worse for it.
+    // New connections find no backend, and the other Service is not affected.
     for family in 0..2 {
         let to = SocketAddr::new(addresses_of_node(cluster.node())[family], NODE_MORE).to_string();
         let events =
@@ -438,7 +439,7 @@ fn established_connections_survive_the_removal_of_their_service() -> Result<()> 
     for talk in &mut open {
         let _ = talk.goes_on("with another agent")?;
     }
-    // It comes back.
+    // The Service comes back.
     cluster.manifests.write(&with_echo(&cluster))?;
     support::until_backends(cluster.node(), "web", 2)?;
     for talk in &mut open {
@@ -451,9 +452,9 @@ fn established_connections_survive_the_removal_of_their_service() -> Result<()> 
     Ok(())
 }
 
-/// A client of MTU 1500 before an overlay of MTU 1450.
+/// The client has an MTU of 1500, the overlay one of 1450.
 #[test]
-fn what_is_too_big_for_the_overlay_gets_there() -> Result<()> {
+fn packets_that_are_too_big_for_the_overlay_arrive() -> Result<()> {
     if skip("what_is_too_big_for_the_overlay") {
         return Ok(());
     }
@@ -466,8 +467,8 @@ fn too_big_for_the_overlay() -> Result<()> {
     for vip in external_ip(WEB) {
         transfers(&cluster.outside, vip, 3_000_000)?;
         let to = SocketAddr::new(vip, DNS).to_string();
-        // Forbids fragmentation, as Linux does for what fits its device: told the smaller MTU, and
-        // smaller the next time.
+        // Linux forbids fragmentation of what fits its device: the client learns the smaller MTU,
+        // and sends smaller packets the next time.
         let asked = cluster.outside.ask([
             "udp-client",
             "--connected",
@@ -481,7 +482,7 @@ fn too_big_for_the_overlay() -> Result<()> {
         let family = if vip.is_ipv4() { "-4" } else { "-6" };
         let route = cluster.outside.run("ip", [family, "route", "get", &vip.to_string()])?;
         ensure!(route.contains("mtu 1450"), "{vip}: {route}");
-        // Eight kilobytes, in fragments both ways.
+        // Eight kilobytes, in fragments in both directions.
         let asked = cluster.outside.ask([
             "udp-client",
             "--size=8000",
@@ -536,10 +537,10 @@ fn thirty_thousand_connections_of_outside_to_one_backend_of_another_node() -> Re
         clients.push(client);
     }
     ensure!(opened > 30_000, "{opened}: {refused:?}");
-    // One more than there are ports: refused, at once and counted.
+    // One more connection than there are ports is refused immediately and counted.
     ensure!(refused.as_ref().is_some_and(|reason| reason.contains("refused")), "{refused:?}");
     ensure!(reasons(cluster.node())?.get("ports_exhausted").is_some_and(|count| *count > 0));
-    // Other backends and services are none the worse for it.
+    // Other backends and services are not affected.
     let http = SocketAddr::new(external_ip(WEB)[0], HTTP);
     all_answer(
         "others",

@@ -1,7 +1,7 @@
-//! What goes wrong on a node, under load: connections that stay open and new ones all the time,
-//! from a pod, from the host and from outside. None may break, none may be refused.
-//! `SLUICE_LAB_FULL=1` takes the full sizes: two thousand connections, five hundred new ones a
-//! second, a minute of each fault.
+//! Faults of a node under load: connections that stay open and new ones all the time, from a pod,
+//! from the host and from outside. None may break, none may be refused. `SLUICE_LAB_FULL=1` takes
+//! the full sizes: two thousand connections, five hundred new ones a second, a minute of each
+//! fault.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -21,12 +21,12 @@ const SECOND: Duration = Duration::from_secs(1);
 
 const HALF_A_YEAR: i64 = 183 * 24 * 3600;
 
-/// What a node's agent has told of itself.
+/// Returns the last status that a node's agent has written.
 fn last(node: &Node) -> Result<Value> {
     Ok(status(node)?.get("last").cloned().unwrap_or_default())
 }
 
-/// How long a fault goes on.
+/// Returns the duration of a fault.
 fn lasting() -> Duration {
     Duration::from_secs(LoadSize::of_this_run().seconds)
 }
@@ -42,7 +42,7 @@ fn an_agent_that_is_killed_every_second_breaks_nothing() -> Result<()> {
         cluster.agent().restart()
     })?;
     cluster.agent().wait_ready(3 * SOON)?;
-    // It still follows what changes.
+    // The agent still follows changes.
     let node = cluster.node().clone();
     cluster.manifests.write(&cluster.web().backends(&cluster.backends[..1]))?;
     until_backends(&node, "web", 1)?;
@@ -64,8 +64,8 @@ fn a_device_that_flaps_and_devices_that_come_and_go_break_nothing() -> Result<()
     let mut pods = Vec::new();
     let mut round = 0;
     let times = again_and_again(SECOND, lasting(), || {
-        // What is under way is lost with the wire, and TCP sends it again after seconds: not into
-        // the next loss.
+        // Packets under way are lost with the wire, and TCP sends them again after seconds, which
+        // must not fall into the next loss.
         let is_uplinks_turn = round % 5 == 0;
         round += 1;
         if is_uplinks_turn {
@@ -100,8 +100,8 @@ fn more_connections_end_than_the_flow_table_holds_and_nothing_breaks() -> Result
     if skip("more_connections_end_than_the_flow_table_holds") {
         return Ok(());
     }
-    // Of each family a third of the connections that stay are met packet by packet and take two
-    // entries: what is left would soon be full of connections that have ended, if those had a place
+    // In each family a third of the connections that stay are translated per packet and take two
+    // entries. The rest of the table would soon be full of ended connections, if those had a place
     // there.
     let size = LoadSize::of_this_run();
     let entries = (size.held * 5 / 4).max(size.rate * u32::try_from(size.seconds)? / 4);
@@ -125,7 +125,8 @@ fn more_connections_end_than_the_flow_table_holds_and_nothing_breaks() -> Result
         number(flows, "entries") * 4 < u64::from(entries) * 3,
         "what has ended takes room: {flows}"
     );
-    // Two of three new connections, half of them of each family, two entries each.
+    // Two of three new connections are translated per packet, half of them in each family, with two
+    // entries each.
     ensure!(
         load.now().opened * 2 / 3 > u64::from(entries - size.held * 2 / 3),
         "too few connections to fill it"
@@ -133,11 +134,11 @@ fn more_connections_end_than_the_flow_table_holds_and_nothing_breaks() -> Result
     Ok(())
 }
 
-/// A small file system that lies over a node's folder of pins and holds its agent's state directory
-/// too.
+/// A small file system that is mounted over a node's folder of pins and holds its agent's state
+/// directory as well.
 struct SmallDisk {
     at: PathBuf,
-    /// Where the agent looks for its state directory.
+    /// The state directory that the agent uses.
     state: PathBuf,
     filler: Option<File>,
 }
@@ -250,7 +251,7 @@ fn a_full_disk_breaks_nothing_and_keeps_no_agent_from_its_work() -> Result<()> {
     Ok(())
 }
 
-/// What lets one process see another time.
+/// Returns the path of the library that shows one process another time.
 fn libfaketime() -> Result<PathBuf> {
     for folder in ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu"] {
         let path = Path::new(folder).join("faketime/libfaketimeMT.so.1");
@@ -283,14 +284,13 @@ fn a_clock_that_jumps_breaks_nothing() -> Result<()> {
     cluster.agent().wait_ready(3 * SOON)?;
     let mut load = load_of(&cluster, LoadSize::of_this_run())?;
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
-    // Ten years ahead, then two years behind, and right again: in one step each, under a running
-    // agent.
+    // Ten years ahead, then two years behind, then back: in one step each, under a running agent.
     for (jumps, year, count) in [("+10y", 10, 1), ("-2y", -2, 2), ("+0", 0, 1)] {
         jump(jumps)?;
         cluster.manifests.write(&cluster.web().backends(&cluster.backends[..count]))?;
         until_backends(&node, "web", count)?;
         let _ = load.unharmed(&format!("when the clock jumped by {jumps}"))?;
-        // The agent has really seen another time.
+        // The agent has in fact seen another time.
         let seen = until("the status to tell of the change", || {
             let at =
                 last(&node)?.get("last_sync").map(|sync| number(sync, "at")).unwrap_or_default();
@@ -321,7 +321,7 @@ fn a_node_that_is_renamed_and_then_has_another_address_breaks_nothing() -> Resul
 
     let (old, new) = (node.ipv4(), "192.0.2.211");
     let uplink = node.uplink();
-    // Else the new address would go with the old one.
+    // Otherwise the new address would go with the old one.
     node.sysctl(&format!("net/ipv4/conf/{uplink}/promote_secondaries"), "1")?;
     let _ = node.ip(&format!("addr add {new}/24 dev {uplink}"))?;
     let _ = router.ip(&format!("route replace {}/32 via {new}", external_ip(WEB)[0]))?;

@@ -1,4 +1,4 @@
-//! What packets that nobody has answered cost others: nothing.
+//! Packets that nobody has answered cost others nothing.
 //!
 //! alone: idle_connections one_client
 
@@ -26,8 +26,8 @@ fn pin(cpu: usize) {
     }
 }
 
-/// What comes to a node from outside, from whatever address: sent by the router, from every CPU,
-/// since the kernel's LRU lists are per CPU.
+/// A flood from outside, from any address. The router sends it from every CPU, because the kernel's
+/// LRU lists are per CPU.
 struct Flood<'a> {
     cluster: &'a Cluster,
     frame: Frame,
@@ -43,7 +43,7 @@ impl<'a> Flood<'a> {
         Ok(Self { cluster, frame })
     }
 
-    /// Sends frames from so many different clients, with each of the flags in turn.
+    /// Sends frames from this many different clients, with each of the flags in turn.
     fn send(&self, clients: u32, flags: &[Option<u8>]) -> Result<()> {
         let cpus = std::thread::available_parallelism()?.get();
         let started = Instant::now();
@@ -83,7 +83,7 @@ fn client_of_flood(family: usize, client: u32) -> SocketAddr {
     SocketAddr::new(address, port)
 }
 
-/// A connection to an echo server that has been used.
+/// Returns a connection to an echo server that has been used.
 fn connected(to: SocketAddr) -> Result<TcpStream> {
     let mut stream = TcpStream::connect_timeout(&to, SOON)?;
     stream.set_read_timeout(Some(SOON))?;
@@ -93,7 +93,7 @@ fn connected(to: SocketAddr) -> Result<TcpStream> {
 
 fn echoes(stream: &mut TcpStream) -> Result<()> {
     stream.write_all(b"still\n")?;
-    // Behind the server's greeting: "NAME CLIENT still".
+    // This follows the server's greeting: "NAME CLIENT still".
     let mut answer = Vec::new();
     while !answer.ends_with(b" still\n") {
         let mut bytes = [0; 256];
@@ -113,9 +113,9 @@ fn entries(node: &Node, map: &str) -> Result<u64> {
     ))
 }
 
-/// Connections of a family that are to live.
+/// Number of connections of a family that have to live.
 const IDLE: usize = 1_000;
-/// Connections of both families together that come and go meanwhile.
+/// Number of connections of both families together that come and go meanwhile.
 const SHORT: usize = 50_000;
 
 /// Opens and ends connections, from several threads.
@@ -147,7 +147,7 @@ fn idle_connections_to_a_draining_endpoint_live_through_floods() -> Result<()> {
             .enter(move || (0..IDLE).map(|_| connected(to)).collect::<Result<Vec<_>>>())?
     };
     let mut idle = [open(to[0])?, open(to[1])?];
-    // From here on nothing selects their endpoint: an entry that is lost is lost for good.
+    // From here on nothing selects their endpoint, so a lost entry stays lost.
     cluster.manifests.write(&web.backends(&cluster.backends[1..]))?;
     std::thread::sleep(Duration::from_secs(1));
     let open = |to| cluster.outside.enter(move || connected(to))?;
@@ -199,16 +199,16 @@ fn idle_connections_to_a_draining_endpoint_live_through_floods() -> Result<()> {
     Ok(())
 }
 
-/// Of each family: idle connections by a node port, and those that come and go in the same table.
+/// Number of idle connections of each family by a node port. Others come and go in the same table.
 const BY_NODE_PORT: usize = 14;
 const FINISHED: usize = 4_000;
-/// What the table holds: flows of two entries.
+/// A table for flows of two entries each.
 const FEW_FLOWS: &str = "--flows-max=1024";
 const NODE_ECHO: u16 = 30_007;
 const NODE_SILENT: u16 = 30_070;
 const SILENT_TARGET: u16 = 7_070;
 
-/// A port whose server the test is itself: it says something when it likes.
+/// A port whose server is the test itself, which sends something when it likes.
 struct Held {
     client: TcpStream,
     server: TcpStream,
@@ -286,7 +286,7 @@ fn one_client_cannot_use_up_the_ports_of_an_endpoint() -> Result<()> {
         "used-up",
         &Plan { near: 0, far: 1, args: vec!["--socket-path=off"], ..Plan::default() },
     )?;
-    // The endpoint's machine drops what belongs to no connection: nobody answers.
+    // The endpoint's machine drops packets that belong to no connection, so nobody answers.
     cluster.backends[0]
         .nft("table ip guard { chain in { type filter hook input priority 0; tcp flags & syn == 0 ct state new,invalid drop; }; }")?;
     let to = SocketAddr::new(external_ip(WEB)[0], ECHO);
@@ -307,7 +307,7 @@ fn one_client_cannot_use_up_the_ports_of_an_endpoint() -> Result<()> {
     Ok(())
 }
 
-/// connect() from a given port, which may have been another connection's just before.
+/// Connects from a given port, which another connection may just have had.
 fn connect_from(port: u16, to: SocketAddr, timeout: Duration) -> Result<TcpStream> {
     let SocketAddr::V4(to) = to else { bail!("{to} is no IPv4 address") };
     let address = |ip: Ipv4Addr, port: u16| libc::sockaddr_in {
@@ -319,7 +319,7 @@ fn connect_from(port: u16, to: SocketAddr, timeout: Duration) -> Result<TcpStrea
     let (own, other) = (address(Ipv4Addr::UNSPECIFIED, port), address(*to.ip(), to.port()));
     let length = size_of_val(&own) as u32;
     let wait = libc::timeval { tv_sec: timeout.as_secs().cast_signed(), tv_usec: 0 };
-    // Its end is a reset: nothing of it waits in this host.
+    // It ends with a reset, so nothing of it waits in this host.
     let linger = libc::linger { l_onoff: 1, l_linger: 0 };
     let on: libc::c_int = 1;
     // SAFETY: plain structures on this stack with their sizes; the descriptor is new.
@@ -371,8 +371,8 @@ fn a_client_whose_endpoint_died_silently_gets_another_one_from_the_same_port() -
         echoes(&mut stream)
     };
     cluster.outside.enter(|| try_once(SOON))??;
-    // The control: while the endpoint lives, the same port opens again at once, though the reset
-    // that ended it was not answered.
+    // The control: while the endpoint lives, the same port opens a connection again immediately,
+    // although the reset that ended the last one was not answered.
     cluster.outside.enter(|| try_once(Duration::from_secs(2)))??;
     let _ = cluster.backends[0].ip("link set eth0 down")?;
     cluster.manifests.write(&web.backends(&cluster.backends[1..]))?;
@@ -398,7 +398,7 @@ fn forged_segments_of_any_sequence_number_break_no_connection() -> Result<()> {
     until_backends(cluster.node(), "web", 1)?;
     let to = SocketAddr::new(external_ip(WEB)[0], ECHO);
     let mut through = cluster.outside.enter(|| connected(to))??;
-    // Past the frontends: what a client of the endpoint's own address has.
+    // Also packets that do not pass a frontend: those of a client of the endpoint's own address.
     let endpoint = SocketAddr::new(cluster.backends[0].ipv4().into(), ECHO_TARGET);
     let mut direct = cluster.client.enter(|| connected(endpoint))??;
     cluster.manifests.write(&web.backends(&cluster.backends[1..]))?;
@@ -448,7 +448,7 @@ fn forged_segments_of_any_sequence_number_break_no_connection() -> Result<()> {
     Ok(())
 }
 
-/// Longer than an endpoint may be silent before a client that opens anew leaves it.
+/// Longer than an endpoint may be silent before a client that reconnects leaves it.
 const LONG_SILENCE: Duration = Duration::from_secs(34);
 
 #[test]

@@ -1,4 +1,4 @@
-//! What happens to connections whose flow entries are lost.
+//! Connections whose flow entries are lost.
 
 use std::net::{IpAddr, SocketAddr};
 use std::process::Output;
@@ -11,14 +11,13 @@ use crate::support::{
 use anyhow::{Context, Result, bail, ensure};
 use sluice_lab::{Event, Node, Running};
 
-/// A port whose backends send a line every two milliseconds: its client sends nothing but
-/// acknowledgments.
+/// A port whose backends send a line every two milliseconds. Its client sends only acknowledgments.
 const SLOW: u16 = 10;
 const SLOW_TARGET: u16 = 9001;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
-/// The key of a tuple in the map of its family, as bpftool wants it.
+/// Returns the key of a tuple in the map of its family, as bpftool wants it.
 fn key(protocol: u8, source: SocketAddr, destination: SocketAddr) -> Vec<String> {
     let octets = |ip: IpAddr| match ip {
         IpAddr::V4(ip) => ip.octets().to_vec(),
@@ -31,7 +30,7 @@ fn key(protocol: u8, source: SocketAddr, destination: SocketAddr) -> Vec<String>
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// One command on the flow entry of a tuple.
+/// Runs a command on the flow entry of a tuple.
 fn entry(
     node: &Node,
     verb: &str,
@@ -101,7 +100,7 @@ impl Reader {
             delete(node, TCP, self.backend, self.local).context(what.clone())?;
         }
         until("both entries again", || self.has_both(node)).context(what.clone())?;
-        // Still reading: it would have ended with what broke it.
+        // It still reads: it would have ended with an error.
         std::thread::sleep(Duration::from_millis(100));
         ensure!(self.client.poll()?.is_none(), "{what}: {:?}", self.client.events());
         Ok(())
@@ -210,8 +209,7 @@ fn udp_goes_on_at_once_without_its_entries_and_soon_without_its_reply_entry() ->
         let address: IpAddr = if vip.is_ipv4() { pod.ipv4().into() } else { pod.ipv6().into() };
         let backend = SocketAddr::new(address, support::DNS_TARGET);
         let local = local.context("a client")?;
-        // It is more than a question again, with an entry to delete, once it has gone on for two
-        // seconds.
+        // It is a stream again, with an entry to delete, once it has gone on for two seconds.
         until("the flow is a proven one again", || {
             Ok(exists(&node, UDP, backend, local)?.then_some(()))
         })?;

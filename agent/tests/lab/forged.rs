@@ -1,5 +1,5 @@
-//! Packets with somebody else's source, on a node that filters no source: they break what they
-//! break without us.
+//! Packets with forged sources, on a node that filters no source: they break nothing more than
+//! without Sluice.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
@@ -20,9 +20,9 @@ struct Conversation {
     what: String,
     stream: TcpStream,
     local: SocketAddr,
-    /// Sees what the client receives.
+    /// A socket that sees what the client receives.
     wire: PacketSocket,
-    /// Whom the client speaks to.
+    /// The client's destination.
     to: SocketAddr,
     sequence: u32,
     acknowledgment: u32,
@@ -43,12 +43,12 @@ impl Conversation {
         Ok(this)
     }
 
-    /// Asks once more, and learns the numbers.
+    /// Sends another request, and learns the numbers.
     fn goes_on(&mut self, after: &str) -> Result<()> {
-        // What was forged may have filled its buffer.
+        // Forged packets may have filled its buffer.
         while self.wire.receive(Duration::ZERO, |_| true).is_ok() {}
         self.echoes().with_context(|| format!("{} after {after}", self.what))?;
-        // The answer to what was asked acknowledges it. At first a greeting comes before that.
+        // The answer acknowledges the request. At first a greeting precedes it.
         let (from, to) = (self.to, self.local);
         let is_answer = |frame: &[u8]| {
             segment(frame).is_some_and(|found| {
@@ -78,7 +78,7 @@ impl Conversation {
     }
 }
 
-/// Somebody who sends with others' addresses.
+/// A sender with forged addresses.
 struct Forger {
     who: &'static str,
     socket: PacketSocket,
@@ -113,8 +113,8 @@ impl Forger {
         self.socket.send(&frame.bytes())
     }
 
-    /// Segments of a connection's client, to any address, that no endpoint takes for the client's:
-    /// of any number, and of numbers that are near.
+    /// Sends segments of a connection's client, to any address, that no endpoint takes for the
+    /// client's: some with any number, some with numbers that are near.
     fn attack(&self, victim: &Conversation, to: SocketAddr) -> Result<()> {
         for round in 1..4_u32 {
             let far = [round.wrapping_mul(0x9e37_79b9), round.wrapping_mul(0x85eb_ca6b)];
@@ -125,7 +125,7 @@ impl Forger {
             for flags in [RST, RST | ACK, SYN, ACK, SYN | ACK] {
                 self.send(victim.local, to, Some(flags), near)?;
             }
-            // And of its endpoint.
+            // And those of its endpoint.
             let numbers = [victim.acknowledgment.wrapping_add(100_000_000), victim.sequence];
             for flags in [RST, RST | ACK, FIN | ACK] {
                 self.send(to, victim.local, Some(flags), numbers)?;
@@ -136,14 +136,14 @@ impl Forger {
     }
 }
 
-/// A pod, its endpoint, and those who forge.
+/// A pod, its endpoint, and forgers.
 struct Stage {
     cluster: Cluster,
     forgers: Vec<Forger>,
 }
 
 impl Stage {
-    /// Without agents so far.
+    /// Builds it without agents.
     fn new(name: &str) -> Result<Self> {
         let node = NodeOptions { rp_filter: RpFilter::Off, ..NodeOptions::default() };
         let cluster = Cluster::without_agents(name, &Plan { near: 2, node, ..Plan::default() })?;
@@ -157,7 +157,7 @@ impl Stage {
         SocketAddr::new(addresses_of_pod(&self.cluster.backends[0])[family], port)
     }
 
-    /// What the maps know of conversations.
+    /// Returns the states that the maps have for conversations.
     fn states(&self, victims: &[Conversation]) -> Result<Vec<String>> {
         let flows = listed(self.cluster.node(), &["flows"])?;
         let is_victims = |flow: &Value| {
@@ -173,7 +173,7 @@ impl Stage {
             .collect())
     }
 
-    /// Has the Service lead to one of its two endpoints alone.
+    /// Makes the Service lead to one of its two endpoints alone.
     fn lead_to(&self, backend: usize) -> Result<()> {
         let backends = [&self.cluster.backends[backend]];
         self.cluster.manifests.write(&support::service("web", WEB).backends(backends))?;
@@ -182,7 +182,7 @@ impl Stage {
     }
 }
 
-/// Forges against connections to an endpoint, one after the other; each has to go on.
+/// Forges packets of connections to an endpoint, one after the other. Each connection has to go on.
 fn forge(
     stage: &Stage,
     victims: &mut [Conversation],
@@ -200,7 +200,8 @@ fn forge(
     Ok(())
 }
 
-/// A reset of the right number ends a connection, whoever sends it: what is forged gets there.
+/// Checks that forged packets arrive: a reset with the right number ends a connection, whoever
+/// sends it.
 fn ends_by_the_right_number(
     stage: &Stage,
     victim: &mut Conversation,
@@ -239,7 +240,7 @@ fn forged_segments_break_what_they_break_without_us() -> Result<()> {
             Conversation::open(&client, "a connection by the ClusterIP", vips[0])?,
             Conversation::open(&client, "a connection by the balancer's address", vips[1])?,
         ];
-        // From here on no slot leads to their endpoint: what is lost is lost.
+        // From here on no slot leads to their endpoint, so a lost entry stays lost.
         stage.lead_to(1)?;
         forge(&stage, &mut victims, &vips, endpoint)?;
         let states = stage.states(&victims)?;
@@ -264,7 +265,7 @@ const NEWS_TARGET: u16 = 9_090;
 struct Subscription {
     what: String,
     client: UdpSocket,
-    /// The client as the server sees it.
+    /// The client's address as the server sees it.
     peer: SocketAddr,
 }
 
@@ -279,7 +280,7 @@ impl Subscription {
         Ok(Self { what: format!("what {to} tells"), client, peer })
     }
 
-    /// What the server tells unasked gets to the client.
+    /// Checks that what the server sends of its own accord reaches the client.
     fn goes_on(&self, server: &UdpSocket, after: &str) -> Result<()> {
         let _ = server.send_to(b"news", self.peer)?;
         let mut bytes = [0; 256];
@@ -315,7 +316,7 @@ fn forged_datagrams_turn_nobodys_answers() -> Result<()> {
                     for _ in 0..3 {
                         forger.send(subscription.client.local_addr()?, vip, None, [0; 2])?;
                     }
-                    // What was forged got there.
+                    // The forged packets arrived.
                     let mut count = 0;
                     while server.recv_from(&mut [0; 256]).is_ok() {
                         count += 1;
@@ -352,7 +353,7 @@ fn move_gateway_above(node: &Namespace) -> Result<()> {
          link set gw1 master cni0 up\nlink set gw0 address {mac} up\n{}",
         moved.collect::<String>()
     );
-    // The bridge would answer for addresses of another device too.
+    // The bridge would also answer for addresses of other devices.
     node.sysctl("net/ipv4/conf/cni0/arp_ignore", "1")?;
     let _ = node.ip(&commands)?;
     node.sysctl("net/ipv6/conf/gw0/forwarding", "1")

@@ -25,8 +25,8 @@ fn large_datagrams_go_both_ways() -> Result<()> {
     }
     let plan = Plan { near: 1, far: 1, args: vec!["--socket-path", "off"], ..Plan::default() };
     let cluster = Cluster::new("large", &plan)?;
-    // A pod keeps its source; a client outside is masqueraded towards the far backend; what the
-    // node itself sends is translated at egress.
+    // A pod keeps its source, a client outside is masqueraded towards the far backend, and the
+    // node's own packets are translated at egress.
     let clients: [(&Namespace, Pair); 3] = [
         (&cluster.client, cluster_ip(WEB)),
         (&cluster.outside, external_ip(WEB)),
@@ -55,19 +55,19 @@ fn large_datagrams_go_both_ways() -> Result<()> {
     Ok(())
 }
 
-/// The link-layer address that a pod sends to.
+/// Returns the link-layer address that a pod sends to.
 fn gateway(pod: &Pod) -> Result<Mac> {
     pod.node().link_address(pod.host_device())
 }
 
-/// Where the IP header's source and the bytes behind the headers are: `None` for other families.
+/// Reports whether a frame's IP source is this address; false for other families.
 fn from(frame: &[u8], source: IpAddr) -> bool {
     let (ethertype, at) = if source.is_ipv4() { ([8, 0], 26) } else { ([0x86, 0xdd], 22) };
     let source = octets(source);
     frame.get(12..14) == Some(&ethertype) && frame.get(at..at + source.len()) == Some(&source)
 }
 
-/// A fragment's offset, in bytes; `None`: not a fragment.
+/// Returns a fragment's offset in bytes, or `None` for a whole packet.
 fn offset(frame: &[u8]) -> Option<u16> {
     let word = |at: usize| Some(u16::from_be_bytes(frame.get(at..at + 2)?.try_into().ok()?));
     match frame.get(12..14)? {
@@ -90,8 +90,7 @@ fn fragments_that_come_first_wait_for_the_first_one() -> Result<()> {
     };
     for (round, conntrack) in [(0, false), (1, true)] {
         if conntrack {
-            // With connection tracking the stack puts datagrams together, and takes them apart
-            // again.
+            // With connection tracking the stack reassembles datagrams, and fragments them again.
             cluster.node().nft(DROP_INVALID)?;
         }
         let ends = addresses_of_pod(&cluster.client).into_iter().zip(addresses_of_pod(backend));
@@ -123,8 +122,7 @@ fn fragments_that_come_first_wait_for_the_first_one() -> Result<()> {
             for fragment in answer.fragments(99 + round, 1_024).iter().rev() {
                 back.send(&fragment.bytes())?;
             }
-            // Connection tracking makes other parts of it: that the last one is there tells that
-            // all are.
+            // Connection tracking fragments them differently. If the last part is there, all are.
             let mut missing = if conntrack { 1 } else { 3 };
             while missing > 0 {
                 let wanted = |frame: &[u8]| {
@@ -138,14 +136,14 @@ fn fragments_that_come_first_wait_for_the_first_one() -> Result<()> {
             }
             let answered = held()?;
             println!("{what}: a question took {took:?}, an answer {:?}", start.elapsed());
-            // Connection tracking hands the egress what it has put in order.
+            // The egress gets the fragments in order from connection tracking.
             ensure!(
                 conntrack || answered >= asked + 2,
                 "{what}: {asked} were held, then {answered}"
             );
         }
     }
-    // One whose first fragment never comes goes on after a while, untouched.
+    // A datagram whose first fragment never comes goes on after a while, untranslated.
     let vip = cluster_ip(WEB)[0];
     let client = SocketAddr::new(addresses_of_pod(&cluster.client)[0], CLIENT_PORT);
     let lonely =
@@ -192,13 +190,13 @@ fn sctp_keeps_its_checksum() -> Result<()> {
         let (client, endpoint) =
             (SocketAddr::new(client, CLIENT_PORT), SocketAddr::new(endpoint, SCTP_TARGET));
         let frontend = SocketAddr::new(vip, SCTP_PORT);
-        // The kernels here know no SCTP: both ends are played.
+        // The kernels here have no SCTP: the test plays both ends.
         let init =
             Frame::sctp(client, frontend, (INIT, 0), &[0x1a; 16]).at(gateway(&cluster.client)?);
         wire.send(&init.bytes())?;
         let met = back.receive(SOON, |frame| from(frame, client.ip()) && sctp(frame).is_some())?;
-        // Nobody can look up the sockets of a client that sends frames itself: it gets a port that
-        // is no kernel's.
+        // The sockets of a client that sends frames itself cannot be looked up: it gets a port that
+        // no kernel picks.
         let Some(([port, SCTP_TARGET], true)) = sctp(&met) else { bail!("{vip}: {met:02x?}") };
         ensure!(port != CLIENT_PORT, "{vip}: {met:02x?}");
         let seen_as = SocketAddr::new(client.ip(), port);
@@ -206,7 +204,7 @@ fn sctp_keeps_its_checksum() -> Result<()> {
         back.send(&ack.bytes())?;
         let met = wire.receive(SOON, |frame| from(frame, vip) && sctp(frame).is_some())?;
         ensure!(sctp(&met) == Some(([SCTP_PORT, CLIENT_PORT], true)), "{vip}: {met:02x?}");
-        // Where nobody serves, ICMP says so.
+        // Without a backend, the client gets an ICMP error.
         let init = Frame::sctp(client, SocketAddr::new(none, SCTP_PORT), (INIT, 0), &[0x1a; 16]);
         wire.send(&init.at(gateway(&cluster.client)?).bytes())?;
         let (protocol, kind): (usize, &[u8]) =
@@ -224,8 +222,8 @@ fn sctp_keeps_its_checksum() -> Result<()> {
     Ok(())
 }
 
-/// At an address of the node a fragment may be anybody's: an overlay's outer packet, a host
-/// process's question.
+/// At an address of the node a fragment may be anybody's: an overlay's outer packet, or a host
+/// process's request.
 #[test]
 fn fragments_for_a_process_of_the_node_need_no_agent() -> Result<()> {
     const PORT: u16 = 4_789;
@@ -241,7 +239,7 @@ fn fragments_for_a_process_of_the_node_need_no_agent() -> Result<()> {
     for (round, is_alive) in [(0, true), (1, false)] {
         if !is_alive {
             cluster.agents[0].kill9()?;
-            // No longer than the programs believe that it keeps fragments.
+            // Not after the programs have ceased to believe that the agent holds fragments.
             sleep(Duration::from_secs(6));
         }
         let before = held(&cluster)?;

@@ -1,4 +1,4 @@
-//! Nobody takes it all: clients, tenants and processes of the node against the agent itself.
+//! Limits that protect the agent from clients, tenants and processes of the node.
 
 use std::fs;
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -26,7 +26,7 @@ const CHECK: u16 = 32_100;
 /// A user that is not root.
 const NOBODY: u32 = 65_534;
 
-/// The status code of an answer, which has to come before the kubelet gives up.
+/// Returns the status code of an answer, which has to come before the kubelet gives up.
 fn code(place: &Namespace, to: SocketAddr, path: &str) -> Result<String> {
     let url = url(to.ip(), to.port(), path);
     place
@@ -34,22 +34,22 @@ fn code(place: &Namespace, to: SocketAddr, path: &str) -> Result<String> {
         .with_context(|| format!("{} asks {url}", place.name()))
 }
 
-/// One connection of a client that means no good.
+/// A connection of a malicious client.
 struct Held {
     stream: TcpStream,
-    /// Whether it goes on to send parts of a header.
+    /// Whether it keeps sending parts of a header.
     slow: bool,
 }
 
-/// What became of a flood.
+/// The outcome of a flood.
 #[derive(Debug, Default)]
 struct Flood {
     opened: usize,
     closed: usize,
 }
 
-/// Keeps so many connections open at each address until it is told to end: half of them silent,
-/// half with a request that never gets whole. Those that are closed are opened again.
+/// Keeps this many connections open at each address until it is stopped: half of them silent, half
+/// with a request that never becomes complete. Closed ones are opened again.
 fn flood(to: &[SocketAddr], each: usize, full: &AtomicBool, end: &AtomicBool) -> Flood {
     let open = |to: &SocketAddr, slow: bool| -> Option<Held> {
         let mut stream = TcpStream::connect_timeout(to, Duration::from_secs(2)).ok()?;
@@ -97,7 +97,8 @@ fn a_client_that_holds_a_thousand_connections_keeps_nobody_waiting() -> Result<(
     let node = cluster.node().clone();
     let [v4, v6] = addresses_of_node(&node);
     let ask = || -> Result<()> {
-        // The kubelet's probes, a scraper's of the node, another pod, a load balancer.
+        // The kubelet's probes, those of a scraper on the node, of another pod, and of a load
+        // balancer.
         for (place, at, path) in [
             (&*node, SocketAddr::new(v4, 10_256), "livez"),
             (&node, SocketAddr::new(v6, 10_256), "livez"),
@@ -127,8 +128,8 @@ fn a_client_that_holds_a_thousand_connections_keeps_nobody_waiting() -> Result<(
                 ask()?;
                 sleep(Duration::from_millis(500));
             }
-            // Meanwhile it held what it could get: what there is room for, and what waits to be
-            // accepted.
+            // Meanwhile it held all that it could get: the connections there is room for, and those
+            // that wait to be accepted.
             let filter =
                 format!("dst {} and ( sport = :10256 or sport = :{CHECK} )", cluster.client.ipv4());
             let all = node.run("ss", ["-Htn", "state", "established", &filter])?;
@@ -146,14 +147,14 @@ fn a_client_that_holds_a_thousand_connections_keeps_nobody_waiting() -> Result<(
     ask().context("afterwards")
 }
 
-/// What the kernel says about a process's memory, in KiB.
+/// Returns a field of the kernel's figures about a process's memory, in KiB.
 fn memory(pid: u64, field: &str) -> Result<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = text.lines().find_map(|line| line.strip_prefix(field)).context("no such field")?;
     Ok(line.trim_matches([':', '\t', ' ', 'k', 'B']).parse()?)
 }
 
-/// One answer of the metrics, whole.
+/// Reads one whole answer of the metrics.
 fn scrape(at: SocketAddr) -> Result<usize> {
     let mut stream = TcpStream::connect(at)?;
     stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
@@ -164,7 +165,7 @@ fn scrape(at: SocketAddr) -> Result<usize> {
     Ok(length)
 }
 
-/// Fills the flow table with flows of nobody's.
+/// Fills the flow table with flows that belong to nobody.
 fn fill_flows(node: &Node) -> Result<u32> {
     let map = MapData::from_pin(pinned(node, "flows_v4")?).context("cannot open the flow table")?;
     let max = map.info()?.max_entries();
@@ -187,7 +188,7 @@ fn many_scrapes_at_once_take_no_more_memory_than_one() -> Result<()> {
     println!("{} flows", fill_flows(node)?);
     let at = SocketAddr::new([127, 0, 0, 1].into(), 10_249);
     let pid = number(status(node)?.get("agent").context("no agent")?, "pid");
-    // The most that was resident while so many scraped at once.
+    // The most memory that was resident during the scrapes.
     let peak = |scrapers: usize| -> Result<u64> {
         fs::write(format!("/proc/{pid}/clear_refs"), "5").context("cannot reset the peak")?;
         scope(|threads| {
@@ -200,14 +201,14 @@ fn many_scrapes_at_once_take_no_more_memory_than_one() -> Result<()> {
         })?;
         memory(pid, "VmHWM")
     };
-    // What the start took, and the first one, is not given back at once.
+    // Memory that the start and the first scrape took is not returned immediately.
     let (first, one, many) = (peak(1)?, peak(1)?, peak(64)?);
     println!("peak of the first scrape: {first} KiB, of one: {one} KiB, of 64 at once: {many} KiB");
     ensure!(many < 2 * one, "{many} KiB for 64 scrapes, {one} KiB for one");
     Ok(())
 }
 
-/// The command that an error tells.
+/// Returns the command that an error suggests.
 fn told(text: &str) -> Result<&str> {
     let (_, rest) =
         text.split_once("then run `").with_context(|| format!("no command in: {text}"))?;
@@ -219,7 +220,7 @@ fn mode(path: &Path) -> Result<u32> {
 }
 
 #[test]
-fn folders_that_others_may_change_are_refused_with_what_mends_them() -> Result<()> {
+fn folders_that_others_may_change_are_refused_with_the_command_that_repairs_them() -> Result<()> {
     if skip("folders_that_others_may_change") {
         return Ok(());
     }
@@ -240,11 +241,12 @@ fn folders_that_others_may_change_are_refused_with_what_mends_them() -> Result<(
         Ok(command)
     };
     let obey = |command: &str| node.run("sh", ["-c", command]).map(drop);
-    // As a BPF file system is that was mounted without options: somebody was there first.
+    // Like a BPF file system that was mounted without options, so that somebody else could create a
+    // folder first.
     fs::set_permissions(node.bpffs(), fs::Permissions::from_mode(0o1777))?;
     fs::create_dir(&pins)?;
     to_nobody(&pins)?;
-    // Made in vain so far: a link to where an agent, or a cleanup, would go astray.
+    // A link to where an agent, or a cleanup, would be led astray.
     let (victim, astray) = (node.state_directory().join("victim"), pins.join("v999"));
     fs::create_dir(&victim)?;
     fs::write(victim.join("file"), "")?;
@@ -268,7 +270,8 @@ fn folders_that_others_may_change_are_refused_with_what_mends_them() -> Result<(
     obey(&refused("a link in the state directory")?)?;
     cluster.start_agents(&[])?;
     ensure!(cluster.client.http_get(&url(cluster_ip(WEB)[0], HTTP, ""), 4)?.len() == 4);
-    // What is there is used no more once somebody else may change it, running or not.
+    // An existing folder is no longer used once somebody else may change it, whether or not the
+    // agent runs.
     to_nobody(&pins)?;
     for words in [&["status"][..], &["services"], &["cleanup", "--force"], &["diff"]] {
         let output = node.sluice_output(words)?;
@@ -277,7 +280,8 @@ fn folders_that_others_may_change_are_refused_with_what_mends_them() -> Result<(
     }
     obey(&format!("chown root:root {}", pins.display()))?;
     let _ = node.sluice(&["status"])?;
-    // One that it makes itself, where everybody may make folders, is closed.
+    // A folder that the agent itself creates, where everybody may create folders, is closed to
+    // others.
     cluster.agent().stop()?;
     let _ = node.sluice(&["cleanup"])?;
     ensure!(!pins.exists(), "the pin path is still there");
@@ -287,7 +291,7 @@ fn folders_that_others_may_change_are_refused_with_what_mends_them() -> Result<(
     Ok(())
 }
 
-/// The link-layer address that a pod sends to.
+/// Returns the link-layer address that a pod sends to.
 fn gateway(pod: &Pod) -> Result<Mac> {
     let text = pod.node().run("ip", ["-o", "link", "show", "dev", pod.host_device()])?;
     let word = text.split("link/ether ").nth(1).and_then(|rest| rest.split(' ').next());
@@ -299,7 +303,8 @@ fn gateway(pod: &Pod) -> Result<Mac> {
     bytes.try_into().map_err(|_| anyhow::anyhow!("{text}"))
 }
 
-/// Our own device's ifindex, as the system has it and as the programs were told.
+/// Returns the ifindex of Sluice's own device according to the system and according to the
+/// programs.
 fn own_device(node: &Node) -> Result<(Option<u64>, u64)> {
     let links: Vec<Value> = serde_json::from_str(&node.run("ip", ["-j", "link", "show"])?)?;
     let own = links
@@ -324,7 +329,7 @@ fn the_own_device_is_made_again_when_somebody_removes_it() -> Result<()> {
     let node = cluster.node().clone();
     let wire = cluster.client.packet_socket("eth0")?;
     let gateway = gateway(&cluster.client)?;
-    // A question whose last fragment comes first is answered, by both families.
+    // A request whose last fragment comes first is answered, in both families.
     let asks = |id: u32| -> Result<()> {
         for (vip, client) in cluster_ip(WEB).into_iter().zip(addresses_of_pod(&cluster.client)) {
             let data = [b"7 ".to_vec(), vec![b'x'; 3_000]].concat();
@@ -365,11 +370,11 @@ fn the_own_device_is_made_again_when_somebody_removes_it() -> Result<()> {
         asks(10 + round).with_context(|| format!("after it was removed {} times", round + 1))?;
     }
     let log = cluster.agent().log();
-    ensure!(log.matches("device was removed; made it again").count() == 3, "{log}");
+    ensure!(log.matches("the device is gone").count() == 3, "{log}");
     Ok(())
 }
 
-/// Seven Services of a tenant, with more frontends than a node has room for.
+/// Returns seven Services of a tenant, with more frontends than a node has room for.
 fn greedy() -> Vec<Service> {
     let mut all = Vec::new();
     for number in 0..7_u8 {
@@ -423,7 +428,7 @@ fn a_node_without_room_is_not_ready_and_stays_alive() -> Result<()> {
     ensure!(
         metric("sluice_ready")? == Some(0.0) && metric(refused)?.is_some_and(|count| count > 0.0)
     );
-    // What has room is served, and nobody is to take the node out for what one tenant asks.
+    // Whatever has room is served, and nobody removes the node because of one tenant.
     for path in ["livez", "healthz"] {
         ensure!(code(node, SocketAddr::new(node.ipv4().into(), 10_256), path)? == "200", "{path}");
     }

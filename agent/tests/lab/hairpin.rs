@@ -12,7 +12,7 @@ use crate::support::{
 use anyhow::{Context, Result, ensure};
 use sluice_lab::{Cni, DROP_INVALID, Namespace, NodeOptions};
 
-/// TCP with data both ways, and UDP.
+/// Sends TCP with data in both directions, and UDP.
 fn speaks_with_itself(
     client: &Namespace,
     vips: Pair,
@@ -60,13 +60,13 @@ fn a_pod_reaches_itself(name: &str, cni: Cni, nft: Option<&str>) -> Result<()> {
         .manifests
         .write(&service("both", 21).backends([&client, &cluster.backends[0].clone()]))?;
     cluster.start_agents(&["--socket-path", "off"])?;
-    // It sees itself as the VIP.
+    // It sees its own requests come from the VIP.
     speaks_with_itself(&client, cluster_ip(20), "client", Some(cluster_ip(20)))
         .context("--socket-path off")?;
     reaches(&client, cluster_ip(21), &["client", "near-1"], None)?;
     let counted = counted(cluster.node(), "own")?;
     ensure!(counted.calls == 0 && are_nearly(counted.flows, 2 * 62), "{counted:?}");
-    // Its address is its own for others.
+    // Others see its own address.
     let pod = cluster.backends[0].clone();
     reaches(&pod, cluster_ip(20), &["client"], Some(addresses_of_pod(&pod)))?;
     cluster.change_agents(&["--socket-path", "all"])?;

@@ -34,7 +34,7 @@ fn connected_udp_of_pod_and_host_reaches_backends_of_every_kind() -> Result<()> 
             for vip in cluster_ip(WEB) {
                 let dns = SocketAddr::new(vip, DNS);
                 let before = counted(&node, "web:dns")?;
-                // A port that a flow is known of would go on along that flow, which counts as none.
+                // A port of a known flow would follow that flow, which is not counted again.
                 take_fresh_ports(client)?;
                 let answers = client.udp_ask_connected(dns, ENOUGH)?;
                 all_answer(&format!("{mode}: {} {dns}", client.name()), &answers, &names, dns)?;
@@ -51,7 +51,7 @@ fn connected_udp_of_pod_and_host_reaches_backends_of_every_kind() -> Result<()> 
                     "{more:?}"
                 );
             }
-            // Everything else reaches them as well.
+            // Other clients reach them as well.
             reaches(client, cluster_ip(WEB), &names, None).context(mode)?;
         }
     }
@@ -91,7 +91,7 @@ fn a_host_without_a_default_route_reaches_services_by_the_own_device() -> Result
         reaches(&node, cluster_ip(WEB), &["near-1", "far-1"], None).context(mode)?;
         reaches(&cluster.client, cluster_ip(WEB), &["near-1", "far-1"], None).context(mode)?;
     }
-    // A service that goes takes its route along.
+    // A service that is deleted takes its route along.
     let routes = || node.run("ip", ["-o", "route", "show", "dev", "sluice0"]);
     let vip = cluster_ip(WEB)[0].to_string();
     ensure!(routes()?.contains(&vip), "{}", routes()?);
@@ -99,7 +99,7 @@ fn a_host_without_a_default_route_reaches_services_by_the_own_device() -> Result
     until("the VIP's route goes", || Ok((!routes()?.contains(&vip)).then_some(())))
 }
 
-/// A connected UDP socket that asks fifty times a second.
+/// Starts a connected UDP socket that sends fifty requests a second.
 fn asking(client: &Namespace, vip: IpAddr) -> Result<Running> {
     let to = SocketAddr::new(vip, DNS).to_string();
     client.tool([
@@ -136,7 +136,7 @@ fn connected_udp_leaves_a_removed_backend_at_once() -> Result<()> {
                 .wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))?;
             chosen.extend(client.replies().last().map(|reply| reply.name.clone()));
         }
-        // All that were chosen go; if these are all, all but one.
+        // All backends that were chosen go, or all but one if these are all.
         let mut staying: Vec<_> =
             cluster.backends.iter().filter(|pod| !chosen.contains(pod.name())).collect();
         if staying.is_empty() {
@@ -149,7 +149,7 @@ fn connected_udp_leaves_a_removed_backend_at_once() -> Result<()> {
             let last = client.replies().len();
             client.goes_on(5, SOON)?;
             let all = replies(client.events()).context("a request was lost")?;
-            // The one under way at the change may have been answered just before.
+            // The request under way at the change may have been answered just before.
             let late: Vec<_> = all.iter().skip(last + 1).map(|reply| reply.name.as_str()).collect();
             ensure!(
                 late.iter().all(|name| names.contains(name)),
@@ -177,8 +177,8 @@ fn a_service_of_the_host_network_of_another_node_is_reached() -> Result<()> {
     Ok(())
 }
 
-/// A connection of this host by which it was greeted, from a port that others may use as well:
-/// which port it is.
+/// Opens a connection of this host from a port that others may use as well, and waits for its
+/// greeting. Returns the port.
 fn greeted(node: &Namespace, from: u16, to: SocketAddr) -> Result<(TcpStream, u16)> {
     let any: IpAddr =
         if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
@@ -212,7 +212,7 @@ fn two_connections_of_the_host_from_one_port_reach_one_backend() -> Result<()> {
     let addresses: [IpAddr; 2] = [pod.ipv4().into(), pod.ipv6().into()];
     for (vip, address) in cluster_ip(WEB).into_iter().zip(addresses) {
         let (service, direct) = (SocketAddr::new(vip, ECHO), SocketAddr::new(address, ECHO_TARGET));
-        // No hook sees these calls: what goes by the Service is translated packet by packet.
+        // No hook sees these calls, so what goes to the Service is translated per packet.
         let (first, port) = greeted(node, 0, service)?;
         let (second, _) =
             greeted(node, port, direct).context("direct, beside the translated one")?;
@@ -245,7 +245,7 @@ fn a_connected_socket_older_than_the_service_is_served_once_there_are_backends()
     let mut cluster = Cluster::without_agents("older", &Plan { node, near: 2, ..Plan::default() })?;
     let node = cluster.node().clone();
     cluster.manifests.remove(&cluster.web())?;
-    // So that there is an answer to wait for.
+    // This makes an answer possible.
     cluster.manifests.write(&service("first", 20).backends(&cluster.backends.clone()))?;
     cluster.start_agents(&[])?;
     for mode in ["all", "off"] {
@@ -272,7 +272,7 @@ fn a_connected_socket_older_than_the_service_is_served_once_there_are_backends()
         let count = |client: &Running, refused: bool| {
             lost(client).iter().filter(|reason| !refused || reason.contains("refused")).count()
         };
-        // No Service; then one without backends; then with; none again; and again.
+        // No Service, then one without backends, then with some, none again, and so on.
         for client in &mut open {
             client.wait_until("it asks in vain", SOON, |this| {
                 (count(this, false) > 2).then_some(())

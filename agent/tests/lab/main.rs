@@ -1,9 +1,11 @@
-//! Real sockets between network namespaces: root, and what `cargo xtask test lab` sets.
+//! Tests with real sockets between network namespaces. They need root, and the variables that
+//! `cargo xtask test lab` sets.
 //!
 //! A module is one subject. A line `//! alone` in it means that nothing else may run beside its
 //! tests.
 
 mod accelerate;
+mod audit;
 mod bridge;
 mod bypass;
 mod callers;

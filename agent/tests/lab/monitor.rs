@@ -1,4 +1,4 @@
-//! What monitoring is told over HTTP, at kube-proxy's ports.
+//! The endpoints for monitoring over HTTP, at kube-proxy's ports.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use sluice_lab::{Namespace, Node};
 
-/// Status and body of an answer.
+/// Returns status and body of an answer.
 fn get(place: &Namespace, url: &str) -> Result<(String, String)> {
     let text =
         place.run("curl", ["-gsS", "-m", "5", "-w", "\n%{http_code} %{content_type}", url])?;
@@ -45,7 +45,7 @@ fn series(body: &str) -> Result<BTreeMap<String, f64>> {
     Ok(all)
 }
 
-/// The sum of the series of a metric whose labels hold all of these.
+/// Returns the sum of the series of a metric whose labels hold all of these.
 fn sum(all: &BTreeMap<String, f64>, metric: &str, labels: &[&str]) -> f64 {
     let is_wanted = |series: &str| {
         series.split('{').next() == Some(metric)
@@ -72,7 +72,7 @@ fn health_mode_and_metrics_are_answered_as_kube_proxy_does() -> Result<()> {
         ensure!(word(&healthz, "lastUpdated").ends_with('Z'), "{healthz}");
         let livez = json(&cluster.outside, &format!("http://{at}:10256/livez"), "200")?;
         ensure!(livez.get("nodeEligible").is_none(), "{livez}");
-        // What is not for everybody.
+        // Endpoints that are not for everybody.
         ensure!(
             get(&cluster.outside, &format!("http://{at}:10249/metrics")).is_err(),
             "metrics from outside"
@@ -133,7 +133,7 @@ fn health_mode_and_metrics_are_answered_as_kube_proxy_does() -> Result<()> {
         let all = sum(&after, &format!("sluice_service_{metric}_total"), &[]);
         ensure!((node - all).abs() < 0.5, "{metric} of the node: {node}, of its Services: {all}");
     }
-    // What stands at zero has no series, but for the node's sums.
+    // A counter of zero has no series, except for the node's sums.
     for (name, value) in &after {
         let of_objects = ["sluice_service_", "sluice_backend_", "sluice_packets_by_reason"];
         let is_zero = of_objects.iter().any(|start| name.starts_with(start)) && value.eq(&0.0);
@@ -178,7 +178,7 @@ fn health_mode_and_metrics_are_answered_as_kube_proxy_does() -> Result<()> {
     Ok(())
 }
 
-/// Names of Services, backends and zeros make a scrape large: what is told by default is bounded.
+/// Names of Services and backends, and zeros, make a scrape large: the default is bounded.
 #[test]
 fn a_quiet_node_of_a_thousand_services_has_few_series() -> Result<()> {
     if skip("a_quiet_node") {
@@ -219,9 +219,9 @@ fn a_quiet_node_of_a_thousand_services_has_few_series() -> Result<()> {
     Ok(())
 }
 
-/// As Kubernetes' components are told: by PUT, and by processes of the node alone.
+/// The level is set as with Kubernetes' components: by PUT, and only by processes of the node.
 #[test]
-fn the_log_says_more_while_it_is_asked_to() -> Result<()> {
+fn the_log_is_more_verbose_while_that_is_requested() -> Result<()> {
     if skip("the_log_says_more") {
         return Ok(());
     }
@@ -236,11 +236,11 @@ fn the_log_says_more_while_it_is_asked_to() -> Result<()> {
         let url = format!("http://{at}:10249/debug/flags/v");
         place.run("curl", ["-sS", "-m", "5", "-w", "%{http_code}", "-XPUT", "-d", body, &url])
     };
-    // Something to tell: a change of the manifests.
+    // Something to log: a change of the manifests.
     let debug = |cluster: &mut Cluster, name: &str, number: u8| -> Result<usize> {
         cluster.manifests.write(&service(name, number))?;
         until_backends(&node, name, 0)?;
-        // The line comes a moment after the maps.
+        // The line appears a moment after the maps have changed.
         std::thread::sleep(std::time::Duration::from_millis(500));
         let log = cluster.agent().log();
         ensure!(
@@ -260,7 +260,7 @@ fn the_log_says_more_while_it_is_asked_to() -> Result<()> {
         debug(&mut cluster, "four", 54)? == settled && settled >= more,
         "it says as much as before"
     );
-    // Nobody else, nothing else.
+    // No other client, and no other value.
     let (own, much) = (node.ipv4().to_string(), "9".repeat(5000));
     for (place, at, body, code) in [
         (&*cluster.outside, own.as_str(), "2", "403"),
@@ -276,10 +276,10 @@ fn the_log_says_more_while_it_is_asked_to() -> Result<()> {
     Ok(())
 }
 
-/// A node that is about to go says so to load balancers, and stays alive; an address that is taken
+/// A node that is about to leave reports it to load balancers and stays alive. A port that is taken
 /// is no reason to stop.
 #[test]
-fn a_node_that_leaves_is_not_eligible_and_a_taken_port_is_told() -> Result<()> {
+fn a_node_that_leaves_is_not_eligible_and_a_taken_port_is_reported() -> Result<()> {
     if skip("a_node_that_leaves") {
         return Ok(());
     }

@@ -1,5 +1,5 @@
-//! Path MTU discovery through a VIP: the routers' ICMP errors reach the backend, and name what it
-//! knows.
+//! Path MTU discovery through a VIP: the routers' ICMP errors reach the backend, and quote the
+//! addresses that it knows.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -9,7 +9,7 @@ use crate::support::{
 use anyhow::{Context, Result, ensure};
 use sluice_lab::Event;
 
-/// A cluster whose packets pass the stack, or go around it where it would only forward them.
+/// Builds a cluster whose packets pass the stack, or go around it where it would only forward them.
 fn cluster(name: &str, accelerate: &'static str) -> Result<Cluster> {
     let args = vec!["--socket-path", "off", "--accelerate", accelerate];
     Cluster::new(&format!("{name}-{accelerate}"), &Plan { near: 1, args, ..Plan::default() })
@@ -47,7 +47,7 @@ fn large_answers(cluster: &Cluster) -> Result<()> {
 }
 
 #[test]
-fn what_is_too_big_is_answered_with_the_addresses_that_each_side_knows() -> Result<()> {
+fn too_big_errors_name_the_addresses_that_each_side_knows() -> Result<()> {
     if skip("what_is_too_big_is_answered") {
         return Ok(());
     }
@@ -57,8 +57,8 @@ fn what_is_too_big_is_answered_with_the_addresses_that_each_side_knows() -> Resu
 }
 
 fn too_big_is_answered(cluster: &Cluster) -> Result<()> {
-    // On the way to the backend: its link is narrower than the client's, and the node has to say
-    // so.
+    // On the way to the backend: its link is narrower than the client's, and the node has to report
+    // that.
     let backend = &cluster.backends[0];
     let _ = cluster.node().ip(&format!("link set {} mtu 1400", backend.host_device()))?;
     for vip in external_ip(WEB) {
@@ -82,11 +82,11 @@ fn too_big_is_answered(cluster: &Cluster) -> Result<()> {
             (mtu, source, destination) == (1400, client, dns),
             "the answer quotes {source} > {destination} and says {mtu}"
         );
-        // Had the sums been wrong, the client's kernel would not have believed it.
+        // With wrong checksums, the client's kernel would have ignored it.
         let family = if vip.is_ipv4() { "-4" } else { "-6" };
         let route = cluster.outside.run("ip", [family, "route", "get", &vip.to_string()])?;
         ensure!(route.contains("mtu 1400"), "{vip}: {route}");
-        // What fits goes through; so does what TCP sends.
+        // Packets that fit pass, and so does TCP.
         let fits = cluster.outside.ask(["udp-client", "--size=1300", "--to", &to])?;
         ensure!(received(&fits).is_some_and(|bytes| bytes > 1300), "{fits:?}");
         transfers(&cluster.outside, vip, 100_000)?;
@@ -94,8 +94,8 @@ fn too_big_is_answered(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// What an ICMP "packet too big" in a frame says: the MTU, and the quoted packet's source and
-/// destination.
+/// Returns what an ICMP "packet too big" in a frame reports: the MTU, and the quoted packet's
+/// source and destination.
 fn too_big(frame: &[u8]) -> Option<(u32, IpAddr, SocketAddr)> {
     let word = |at: usize| Some(u16::from_be_bytes(frame.get(at..at + 2)?.try_into().ok()?));
     match word(12)? {

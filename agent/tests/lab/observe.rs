@@ -1,4 +1,4 @@
-//! Seeing what happens: connections counted at the socket, `sluice trace`, `sluice top`.
+//! Observation: connections counted at the socket, `sluice trace`, `sluice top`.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -21,20 +21,20 @@ use sluice_lab::{Namespace, Node, Port, Running, Service};
 /// The port of iperf3.
 const PERF: u16 = 5201;
 
-/// The BPF object.
+/// Returns the BPF object.
 fn object() -> PathBuf {
     let built = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/bpf/sluice.o");
     std::env::var_os("SLUICE_BPF_OBJECT").map_or_else(built, PathBuf::from)
 }
 
-/// What the socket path counted of a service's connections: the sum over its backends.
+/// Returns the socket path's count for a service, summed over its backends.
 fn sockets(node: &Node, service: &str, field: &str) -> Result<u64> {
     let rows = listed(node, &["backends", service])?;
     Ok(rows.iter().filter_map(|row| row.get("sockets")).map(|sockets| number(sockets, field)).sum())
 }
 
-/// Has curl fetch so many bytes, and tells bytes received and sent as it counts them, headers
-/// included.
+/// Downloads this many bytes with curl. Returns the bytes received and sent as curl counts them,
+/// with headers.
 fn curl(client: &Namespace, vip: IpAddr, bytes: u64) -> Result<(u64, u64)> {
     let form = "%{size_header} %{size_download} %{size_request}";
     let text = client.run(
@@ -54,7 +54,7 @@ fn connections_translated_at_the_socket_are_counted_as_curl_and_iperf3_count_the
         return Ok(());
     }
     let mut cluster = Cluster::without_agents("sockets", &Plan::default())?;
-    // Somebody else is at the hook before.
+    // Another program is at the hook already.
     let mut other = Ebpf::load_file(object())?;
     let program: &mut SockOps =
         other.program_mut("connection").context("no such program")?.try_into()?;
@@ -73,7 +73,7 @@ fn connections_translated_at_the_socket_are_counted_as_curl_and_iperf3_count_the
             received += figures.0;
             sent += figures.1;
         }
-        // Whoever closes first waits for the other's FIN: the end of the last connection is a
+        // The side that closes first waits for the other's FIN, so the last connection ends a
         // moment later.
         let new = until("the connections' end", || {
             let new = fields.map(before).into_iter().collect::<Result<Vec<u64>>>()?;
@@ -95,7 +95,7 @@ fn connections_translated_at_the_socket_are_counted_as_curl_and_iperf3_count_the
     // The program is pinned at its hook beside the other one.
     let pin = node.pin_path().join(format!("v{LAYOUT}/links/cgroup_connection"));
     ensure!(pin.exists(), "no pin at {}", pin.display());
-    // None of it is per packet.
+    // Nothing is translated per packet.
     let packets: u64 = listed(node, &["backends", "web:http"])?
         .iter()
         .map(|row| number(row, "forward_packets"))
@@ -105,7 +105,8 @@ fn connections_translated_at_the_socket_are_counted_as_curl_and_iperf3_count_the
     perf(&cluster)
 }
 
-/// An upload by iperf3: counted while it runs, and whole at its end; one that is reset is told so.
+/// Checks an upload by iperf3: it is counted while it runs, and whole at its end. One that is reset
+/// is reported as such.
 fn perf(cluster: &Cluster) -> Result<()> {
     let node = cluster.node();
     let [vip, vip6] = cluster_ip(30);
@@ -126,7 +127,7 @@ fn perf(cluster: &Cluster) -> Result<()> {
         ["-c", &vip6.to_string(), "-J", "-t", seconds, "-b", "200M"].map(str::to_owned)
     };
     let mut client = cluster.client.spawn("iperf3", arguments("9"))?;
-    // Sampled while it runs.
+    // It is sampled while it runs.
     let live = until_within(Duration::from_secs(8), "bytes of a live connection", || {
         let sent = sockets(node, "perf", "sent_bytes")?;
         ensure!(sockets(node, "perf", "closed")? == 0, "it is over");
@@ -142,8 +143,8 @@ fn perf(cluster: &Cluster) -> Result<()> {
     println!(
         "iperf3 sent {sent} bytes, {received} came, counted {counted}, of them {live} while it ran"
     );
-    // What the server no longer reads at the end is not acknowledged; the other connection carries
-    // parameters and results.
+    // Data that the server no longer reads at the end is not acknowledged. The other connection
+    // carries parameters and results.
     ensure!(
         (received..sent + 20_000).contains(&counted),
         "{received} to {sent} bytes, counted {counted}"
@@ -167,7 +168,7 @@ fn perf(cluster: &Cluster) -> Result<()> {
         "a connection that failed",
         || Ok((sockets(node, "perf", "failed")? == 1).then_some(())),
     )?;
-    // Whoever looks sees it, whichever question they ask.
+    // Every command shows it.
     let opened = sockets(node, "perf", "connections")?;
     let failed = format!("1 of {}", opened + 1);
     for command in [&["backends", "perf"][..], &["services"], &["backends", "-o", "wide"]] {
@@ -183,17 +184,17 @@ fn perf(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// A listener, once it listens.
+/// Starts `sluice trace`, and waits until it listens.
 fn trace(node: &Node, args: &[&str]) -> Result<Running> {
     let args: Vec<&str> = ["trace", "-o", "json"].into_iter().chain(args.iter().copied()).collect();
-    // One who was killed has left the end of his time behind.
+    // A listener that was killed has left the end of its lease behind.
     let before = lease(node)?;
     let running = node.spawn_command(node.sluice_command(&args)?)?;
     until("somebody listens", || Ok((![0, before].contains(&lease(node)?)).then_some(())))?;
     Ok(running)
 }
 
-/// Until when somebody listens, nanoseconds since boot.
+/// Returns the time until which somebody listens, in nanoseconds since boot.
 fn lease(node: &Node) -> Result<u64> {
     let path = support::pinned(node, "listening")?.display().to_string();
     let dump: Value = serde_json::from_str(
@@ -205,7 +206,7 @@ fn lease(node: &Node) -> Result<u64> {
         .with_context(|| dump.to_string())
 }
 
-/// The events that a listener has told so far.
+/// Returns the events that a listener has printed so far.
 fn told(trace: &Running) -> Vec<Value> {
     trace.stdout().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
@@ -220,7 +221,7 @@ fn wait_told(trace: &mut Running, wanted: &[(&str, &str)]) -> Result<Value> {
 }
 
 #[test]
-fn trace_tells_of_flows_calls_and_refusals_while_somebody_listens() -> Result<()> {
+fn trace_prints_flows_calls_and_refusals_while_it_runs() -> Result<()> {
     if skip("trace_tells") {
         return Ok(());
     }
@@ -286,7 +287,7 @@ fn trace_tells_of_flows_calls_and_refusals_while_somebody_listens() -> Result<()
         &[("kind", "counted"), ("reason", "no_backend_reset"), ("fate", "rejected")],
     )?;
 
-    // A second listener is refused, and says why; the first goes on.
+    // A second listener is refused with a reason; the first goes on.
     let second = node.sluice_output(&["trace", "--count", "1"])?;
     let error = String::from_utf8_lossy(&second.stderr).into_owned();
     ensure!(
@@ -297,7 +298,7 @@ fn trace_tells_of_flows_calls_and_refusals_while_somebody_listens() -> Result<()
     ensure!(ask(cluster_ip(WEB)[0])?.status.success(), "curl is not answered");
     until("the first goes on", || Ok((told(&all).len() > count).then_some(())))?;
 
-    // Killed: the next can listen at once, and without one it ends by itself.
+    // It is killed: the next one can listen immediately, and without one listening ends by itself.
     let _ = all.kill()?;
     let mut drops = trace(node, &["--drops", "--service", "empty", "--duration", "20s"])?;
     ensure!(ask(cluster_ip(WEB)[0])?.status.success(), "curl is not answered");
@@ -313,7 +314,7 @@ fn trace_tells_of_flows_calls_and_refusals_while_somebody_listens() -> Result<()
     };
     until("the lease has run out", || Ok((now()? > until_ns).then_some(())))?;
 
-    // As many as asked for; one that ends well clears the word.
+    // It prints as many as requested. A listener that ends well clears the word.
     let mut two = trace(
         node,
         &["--count", "2", "--address", &format!("{}/32", cluster_ip(WEB)[0]), "--protocol", "tcp"],
@@ -361,7 +362,7 @@ fn top_shows_rates_once_and_live() -> Result<()> {
             .output("curl", ["-gsS", "-m", "3", &url(cluster_ip(40)[0], HTTP, "")])?;
         Ok(())
     };
-    // No terminal: one table.
+    // Without a terminal it prints one table.
     let mut once = node.spawn_command(node.sluice_command(&["top", "--interval", "3s"])?)?;
     sleep(Duration::from_millis(500));
     traffic()?;
@@ -378,7 +379,7 @@ fn top_shows_rates_once_and_live() -> Result<()> {
     }
     ensure!(text.contains("socket_refused   default/empty"), "{text}");
 
-    // A terminal, and a key.
+    // With a terminal it runs until a key is pressed.
     let program = node.sluice_command(&["top", "--interval", "300ms"])?;
     let line: Vec<String> = std::iter::once(program.get_program())
         .chain(program.get_args())
@@ -402,7 +403,7 @@ fn top_shows_rates_once_and_live() -> Result<()> {
     for word in ["Services", "Backends", "default/", "quit"] {
         ensure!(screen.contains(word), "no {word}: {screen}");
     }
-    // It leaves the terminal as it was.
+    // It restores the terminal.
     ensure!(screen.contains("\u{1b}[?1049h") && screen.contains("\u{1b}[?1049l"), "{screen}");
     ensure!(status(node)?.pointer("/last/ready") == Some(&Value::Bool(true)));
     Ok(())

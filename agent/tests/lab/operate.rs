@@ -1,4 +1,4 @@
-//! What an operator meets: broken manifests, the seeds, `sluice cleanup`.
+//! Operators' daily problems: broken manifests, the seeds, `sluice cleanup`.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use sluice_lab::{Cni, Counter, Node, NodeOptions, Side};
 
-/// Files that no cluster would hold, each wrong in its own way.
+/// Files that no cluster would have, each wrong in its own way.
 const HOSTILE: [(&str, &str); 9] = [
     ("a-not-yaml.yaml", "kind: Service\n\tmetadata: [\n"),
     ("b-binary.yaml", "\u{0}\u{1}\u{2}\u{7f}"),
@@ -70,14 +70,15 @@ fn hostile_objects_are_reported_and_stop_nothing() -> Result<()> {
             word(&report, "message")
         );
     }
-    // What is good of a bad object is served.
+    // The valid parts of a bad object are served.
     let services = listed(&node, &["services"])?;
     ensure!(
         services.iter().any(|row| word(row, "service") == "bad-port" && number(row, "port") == 81),
         "{services:?}"
     );
 
-    // A service whose file turns bad keeps its last good form, and follows again once it is mended.
+    // A service whose file becomes invalid keeps its last good form, and follows again once the
+    // file is repaired.
     cluster.manifests.write_text("default-web.yaml", "kind: Service\n\tmetadata: [\n")?;
     until("a report about it", || {
         Ok(status(&node)?.to_string().contains("default-web.yaml").then_some(()))
@@ -86,7 +87,7 @@ fn hostile_objects_are_reported_and_stop_nothing() -> Result<()> {
     cluster.manifests.write(&cluster.web().backends(&cluster.backends[..1]))?;
     until_backends(&node, "web", 1)?;
     reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None)?;
-    // A new service beside them.
+    // A new service next to them.
     cluster.manifests.write(&service("fresh", 20).backends(&cluster.backends))?;
     until_backends(&node, "fresh", 2)?;
     reaches(&cluster.client, cluster_ip(20), &cluster.names(), None)
@@ -148,7 +149,7 @@ fn the_seeds_load_and_show_in_services() -> Result<()> {
     Ok(())
 }
 
-/// The ids of what is pinned: (kind, id).
+/// Returns the ids of what is pinned: (kind, id).
 fn kernel_objects(node: &Node) -> Result<Vec<(&'static str, u64)>> {
     let mut objects = Vec::new();
     let pins = node.run("find", [&node.pin_path().display().to_string(), "-type", "f"])?;
@@ -208,7 +209,7 @@ fn cleanup_removes_every_trace() -> Result<()> {
     let node = cluster.node().clone();
     let _ = node.ip("route del default")?;
     let before = (node.run("ip", ["-o", "link"])?, node.run("ip", ["route"])?);
-    // A filter of somebody else, so that ours is one too.
+    // A filter of another program, so that ours is attached as a filter too.
     let edge = cluster.client.host_device().to_owned();
     let foreign = Counter::load(Side::Source, cluster.backends[0].ipv4())?;
     let pin = node.bpffs().join("foreign");
@@ -238,7 +239,7 @@ fn cleanup_removes_every_trace() -> Result<()> {
     ensure!(filters()?.contains("sluice_"), "no filter of ours: {}", filters()?);
     let objects = kernel_objects(&node)?;
     println!("{} objects are pinned", objects.len());
-    // The socket's nine and XDP's; those of TCX come on top, from Linux 6.6 on.
+    // The nine of the sockets and XDP's. Those of TCX are added from Linux 6.6 on.
     ensure!(objects.iter().filter(|(kind, _)| *kind == "link").count() >= 10, "{objects:?}");
     ensure!(objects.iter().filter(|(kind, _)| *kind == "map").count() >= 10, "{objects:?}");
     ensure!(node.output("ip", ["link", "show", "sluice0"])?.status.success(), "no device sluice0");
@@ -274,14 +275,14 @@ fn cleanup_removes_every_trace() -> Result<()> {
         unreachable.iter().any(|event| matches!(event, sluice_lab::Event::Lost { .. })),
         "{unreachable:?}"
     );
-    // A second time there is nothing to do. The pod's other container only waits.
+    // The second time there is nothing to do. The pod's other container only waits.
     let said = node.sluice(&["cleanup"])?;
     ensure!(said.starts_with("found nothing of Sluice"), "{said}");
     let mut waits = node.spawn_command(node.sluice_command(&["pause"])?)?;
     std::thread::sleep(Duration::from_millis(300));
     ensure!(waits.poll()?.is_none(), "`sluice pause` ended: {}", waits.stderr());
     ensure!(waits.stop()?.success(), "`sluice pause` ended with an error");
-    // An agent can start anew.
+    // An agent can start again.
     cluster.agents.clear();
     cluster.start_agents(&["--uplink", "eth0"])?;
     reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None)

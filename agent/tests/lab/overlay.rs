@@ -27,7 +27,7 @@ fn backends_of_another_node_are_reached(name: &str, overlay: Overlay, cni: Cni) 
     for mode in ["off", "all"] {
         cluster.change_agents(&["--socket-path", mode])?;
         let before = counted(cluster.node(), "web")?;
-        // From a pod of either node: to pods of the same and of the other one.
+        // A pod of either node reaches pods of its own and of the other node.
         reaches(&cluster.client, cluster_ip(WEB), &names, Some(pod)).context(mode)?;
         let far = cluster.backends[1].clone();
         reaches(&far, cluster_ip(20), &["near-1"], Some(addresses_of_pod(&far))).context(mode)?;
@@ -44,7 +44,7 @@ fn backends_of_another_node_are_reached(name: &str, overlay: Overlay, cni: Cni) 
         let more = counted(cluster.node(), "web")? - before;
         ensure!((more.calls > 0) == (mode == "all"), "{mode}: {more:?}");
     }
-    // The host's calls are translated at the socket: it has the overlay's address then.
+    // The host's calls are translated at the socket, so its source is the overlay's address.
     for vip in cluster_ip(WEB) {
         let http = SocketAddr::new(vip, HTTP);
         let replies = cluster.node().http_get(&url(vip, HTTP, ""), ENOUGH)?;

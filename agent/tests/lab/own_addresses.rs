@@ -1,5 +1,5 @@
-//! Processes of the host that speak to their own node: node ports, and balancers' addresses that a
-//! device of it holds.
+//! Processes of the host that send to their own node: to node ports, and to balancers' addresses
+//! that a device of the node holds.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -16,12 +16,12 @@ use sluice_lab::{Backend, Namespace, Node, PacketSocket, Port, Service};
 const PLAIN: [u16; 2] = [30_007, 30_053];
 /// The same with affinity.
 const STICKY: [u16; 2] = [30_107, 30_153];
-/// With the node itself as the endpoint.
+/// The same with the node itself as the endpoint.
 const HOST: [u16; 2] = [30_207, 30_253];
 /// Numbers of the balancer's addresses of the services.
 const NUMBERS: [u8; 3] = [41, 42, 43];
 
-/// A service with node ports (TCP, UDP) and the addresses of a number.
+/// Returns a service with node ports (TCP, UDP) and the addresses of a number.
 fn with_node_ports(name: &str, number: u8, [echo, dns]: [u16; 2]) -> Service {
     let mut service = Service::new(name)
         .port(Port::tcp("echo", ECHO, ECHO_TARGET).node_port(echo))
@@ -32,7 +32,7 @@ fn with_node_ports(name: &str, number: u8, [echo, dns]: [u16; 2]) -> Service {
     service
 }
 
-/// How a socket asks.
+/// The kinds of sockets that send requests, as arguments of the client.
 const WAYS: [(&str, &[&str]); 8] = [
     ("TCP", &["tcp-client"]),
     ("TCP from a port of its own", &["tcp-client", "--source-port=45007"]),
@@ -44,13 +44,13 @@ const WAYS: [(&str, &[&str]); 8] = [
     ("connected UDP by a v6 socket", &["udp-client", "--connected", "--mapped"]),
 ];
 
-/// A process of the host is answered however its socket is; who answered at each of the ports (TCP,
-/// UDP).
+/// Checks that a process of the host is answered whatever kind of socket it uses. Returns who
+/// answered at each of the ports (TCP, UDP).
 fn asks(client: &Namespace, address: IpAddr, ports: [u16; 2]) -> Result<[BTreeSet<String>; 2]> {
     asks_by(client, &WAYS, 3, address, ports)
 }
 
-/// How a socket asks that is bound to an address of the host, but for the address.
+/// The kinds of sockets that are bound to an address of the host, without that address.
 const FROM_AN_ADDRESS: [(&str, &[&str]); 4] = [
     ("TCP from", &["tcp-client", "--source"]),
     ("UDP from", &["udp-client", "--source"]),
@@ -71,14 +71,14 @@ fn asks_from(
     asks_by(client, &ways, 3, to, ports).with_context(|| format!("from {source}"))
 }
 
-/// A cluster whose node holds the balancer's addresses, as keepalived would have it, with a service
-/// of each kind.
+/// Returns a cluster whose node holds the balancer's addresses, as keepalived would have it, with a
+/// service of each kind.
 fn cluster(name: &str) -> Result<Cluster> {
     let mut cluster = Cluster::without_agents(name, &Plan { near: 1, far: 1, ..Plan::default() })?;
     let node = cluster.node().clone();
     let _ = node.ip("link set lo up")?;
     for [v4, v6] in NUMBERS.map(external_ip) {
-        // Not preferred: else the kernel would take it as the source of what goes elsewhere.
+        // Deprecated addresses: otherwise the kernel would use them as the source of other packets.
         let _ = node.ip(&format!(
             "addr add {v4}/32 dev eth0\naddr add {v6}/128 dev eth0 nodad preferred_lft 0"
         ))?;
@@ -89,7 +89,7 @@ fn cluster(name: &str) -> Result<Cluster> {
         format!("[{{type: InternalIP, address: '{v4}'}}, {{type: InternalIP, address: '{v6}'}}]");
     let object = "apiVersion: v1\nkind: Node\nmetadata: {name: n1}\nstatus:\n  addresses: ";
     cluster.manifests.write_text("node.yaml", &format!("{object}{addresses}\n"))?;
-    // The node is in the ranges: by its own address, and so by the one that it holds.
+    // The node is in the ranges by its own address, and so by the one that it holds.
     let ranges = "loadBalancerSourceRanges: [192.0.2.0/24, '2001:db8:0:2::/64']";
     cluster.manifests.write(
         &with_node_ports("plain", NUMBERS[0], PLAIN).spec(ranges).backends(&cluster.backends),
@@ -153,7 +153,7 @@ fn a_process_of_the_host_is_answered_at_its_own_nodes_addresses() -> Result<()> 
                 ensure!(expected, "{}: {answered:?}", what());
             }
         }
-        // What concerns no Service goes its way.
+        // Packets that concern no Service pass.
         for address in addresses_of_node(&node) {
             let to = SocketAddr::new(address, DNS_TARGET);
             let direct = node.udp_ask_connected(to, 3).with_context(|| format!("{mode}: {to}"))?;
@@ -163,7 +163,7 @@ fn a_process_of_the_host_is_answered_at_its_own_nodes_addresses() -> Result<()> 
             );
         }
     }
-    // A clean end gives the settings back.
+    // A clean end restores the settings.
     for mut agent in cluster.agents.drain(..) {
         agent.stop()?;
     }
@@ -176,15 +176,15 @@ fn a_process_of_the_host_is_answered_at_its_own_nodes_addresses() -> Result<()> 
     Ok(())
 }
 
-/// Whether a frame is an IP packet from an address.
+/// Reports whether a frame is an IP packet from an address.
 fn is_from(frame: &[u8], source: IpAddr) -> bool {
     let (ethertype, at) = if source.is_ipv4() { ([8, 0], 26) } else { ([0x86, 0xdd], 22) };
     let source = octets(source);
     frame.get(12..14) == Some(&ethertype) && frame.get(at..at + source.len()) == Some(&source)
 }
 
-/// Opens connections by raw frames at a loopback address and then at one that serves: who answers
-/// first.
+/// Opens connections by raw frames to a loopback address and then to one that serves. Returns which
+/// is answered first.
 fn first_answer(
     wire: &PacketSocket,
     to: Mac,
@@ -238,7 +238,7 @@ fn a_loopback_address_is_served_to_processes_of_the_host_alone() -> Result<()> {
         for (index, (inside, primary)) in
             loopback.into_iter().zip(addresses_of_node(&node)).enumerate()
         {
-            // The control: it is served.
+            // The control: the address is served.
             let answered =
                 asks(&node, inside, PLAIN).with_context(|| format!("{mode}: {inside}"))?;
             ensure!(answered.iter().flatten().all(|name| name == "near-1"), "{mode}: {answered:?}");

@@ -13,7 +13,8 @@ use crate::support::{
 use anyhow::{Context, Result, bail, ensure};
 use sluice_lab::{Backend, Counter, Event, Namespace, Place, Reply, Side, Way};
 
-/// Every client reaches every backend through every address; its own address is what backends see.
+/// Checks that every client reaches every backend through every address, and that backends see its
+/// own address.
 fn everyone_reaches_every_backend(cluster: &Cluster) -> Result<()> {
     let names = cluster.names();
     let pod = addresses_of_pod(&cluster.client);
@@ -22,7 +23,8 @@ fn everyone_reaches_every_backend(cluster: &Cluster) -> Result<()> {
         reaches(&cluster.client, vips, &names, Some(pod))?;
         reaches(cluster.node(), vips, &names, None)?;
     }
-    // Where the packet path sends for the host, the source is the address of the route to the VIP.
+    // If the packet path translates the host's packets, the source is the address of the route to
+    // the VIP.
     reaches(cluster.node(), external_ip(WEB), &names, None)?;
     ensure!(node[0].is_ipv4() && node[1].is_ipv6());
     reaches(&cluster.outside, external_ip(WEB), &names, Some(addresses_of_client(&cluster.outside)))
@@ -41,7 +43,8 @@ fn every_client_reaches_every_backend_by_the_socket_path_and_by_the_tc_path() ->
     reaches(cluster.node(), cluster_ip(WEB), &cluster.names(), None)?;
     let http = counted(cluster.node(), "web:http")?;
     ensure!(http == Counted { calls: 2 * each, ..Counted::default() }, "host, TCP: {http:?}");
-    // A pod has to be known first: its first call to each address and port is none at the socket.
+    // A pod has to be known first: its first call to each address and port is not translated at the
+    // socket.
     let known = |cluster: &Cluster| {
         let (http, dns) =
             (counted(cluster.node(), "web:http")?, counted(cluster.node(), "web:dns")?);
@@ -65,7 +68,7 @@ fn every_client_reaches_every_backend_by_the_socket_path_and_by_the_tc_path() ->
     ensure!(dns.calls == 2 * each && are_nearly(dns.flows, 2 * ENOUGH), "pod, UDP: {dns:?}");
     everyone_reaches_every_backend(&cluster)?;
 
-    // The tc path: no calls, a flow each.
+    // The tc path: no calls, and a flow for each connection.
     cluster.change_agents(&["--socket-path", "off"])?;
     let before = counted(cluster.node(), "web")?;
     reaches(
@@ -81,7 +84,7 @@ fn every_client_reaches_every_backend_by_the_socket_path_and_by_the_tc_path() ->
     let after = counted(cluster.node(), "web")? - before;
     ensure!(after.calls == 0, "with --socket-path off: {after:?}");
 
-    // Only the host's calls.
+    // Only the host's calls count.
     cluster.change_agents(&["--socket-path", "host"])?;
     let before = counted(cluster.node(), "web:http")?;
     let _ = cluster.client.http_get(&url(cluster_ip(WEB)[0], HTTP, ""), 5)?;
@@ -89,7 +92,7 @@ fn every_client_reaches_every_backend_by_the_socket_path_and_by_the_tc_path() ->
     let after = counted(cluster.node(), "web:http")? - before;
     ensure!(after.calls == 7 && after.flows == 5, "with --socket-path host: {after:?}");
 
-    // Everybody's, from the first on.
+    // Everybody's calls count from the first on.
     cluster.change_agents(&["--socket-path", "machine"])?;
     let fresh = cluster.node().pod("fresh")?;
     let before = counted(cluster.node(), "web:http")?;
@@ -99,7 +102,7 @@ fn every_client_reaches_every_backend_by_the_socket_path_and_by_the_tc_path() ->
     Ok(())
 }
 
-/// A v6 socket that speaks v4 by each kind of call.
+/// Checks a v6 socket that sends v4, with each kind of call.
 fn mapped_sockets_reach(client: &Namespace, vip: IpAddr, names: &[&str]) -> Result<()> {
     let (http, dns, echo) =
         (SocketAddr::new(vip, HTTP), SocketAddr::new(vip, DNS), SocketAddr::new(vip, ECHO));
@@ -182,7 +185,8 @@ fn getpeername_shows_the_vip() -> Result<()> {
     Ok(())
 }
 
-/// How a TCP client learns that nobody serves, and how soon.
+/// Returns how soon a TCP client learns that nobody serves, and checks that it learns it by a
+/// reset.
 fn refused(client: &Namespace, to: SocketAddr) -> Result<Duration> {
     let started = Instant::now();
     let events = client.ask(["tcp-client", "--count=1", "--to", &to.to_string()])?;
@@ -193,7 +197,7 @@ fn refused(client: &Namespace, to: SocketAddr) -> Result<Duration> {
     }
 }
 
-/// How a connected UDP client learns that nobody serves, and how soon (ms).
+/// Checks that a connected UDP client soon learns that nobody serves.
 fn unreachable(client: &Namespace, to: SocketAddr) -> Result<()> {
     let events = client.ask(["udp-client", "--connected", "--count=1", "--to", &to.to_string()])?;
     let lost = events.iter().find_map(|event| match event {
@@ -249,7 +253,7 @@ fn a_service_without_backends_refuses_at_once() -> Result<()> {
             after.get(reason).copied().unwrap_or_default()
                 - before.get(reason).copied().unwrap_or_default()
         };
-        // Nothing that is refused makes a pod known.
+        // A refused call makes no pod known.
         let (calls, resets) = match mode {
             "all" => (2, 4),
             "machine" => (4, 2),
@@ -261,7 +265,7 @@ fn a_service_without_backends_refuses_at_once() -> Result<()> {
         );
         ensure!(more("no_backend_unreachable") == 6, "{mode}: {before:?}, then {after:?}");
     }
-    // Backends come, and it is a service as any other.
+    // Backends come, and it is a service like any other.
     let pods = cluster.backends.clone();
     cluster.manifests.write(&service("empty", 20).backends(&pods))?;
     until_backends(cluster.node(), "empty", 2)?;
@@ -285,8 +289,8 @@ fn programs_behind_ours_see_every_translated_packet() -> Result<()> {
     for (device, vip, client) in
         [(edge, vip, &*cluster.client), (uplink, outside_vip, &*cluster.outside)]
     {
-        // Ingress: what comes for the VIP goes on to the backend. Egress: what comes from the
-        // backend goes on as from the VIP.
+        // At ingress, packets for the VIP go on to the backend. At egress, packets from the backend
+        // go on as from the VIP.
         let counters = [
             node.count_packets(&device, (Way::Ingress, Place::Last), (Side::Destination, backend))?,
             node.count_packets(&device, (Way::Egress, Place::Last), (Side::Source, vip))?,
@@ -305,7 +309,7 @@ fn programs_behind_ours_see_every_translated_packet() -> Result<()> {
             "{device}: {more:?}, but behind us {seen:?}"
         );
     }
-    // What is not ours goes on too.
+    // Other packets go on unchanged.
     let stranger = cluster.backends[0].host_device().to_owned();
     let counter =
         node.count_packets(&stranger, (Way::Egress, Place::Last), (Side::Destination, backend))?;
@@ -404,7 +408,7 @@ fn one_client_port_reaches_one_backend_by_two_vips() -> Result<()> {
                     })?;
                 open.push(client);
             }
-            // All go on at once.
+            // All of them go on at the same time.
             for (client, target) in open.iter_mut().zip(&targets) {
                 let last = client.events().len();
                 client
@@ -421,8 +425,7 @@ fn one_client_port_reaches_one_backend_by_two_vips() -> Result<()> {
                 );
             }
         }
-        // The same for UDP, which has no connection to lose: each of two sockets gets its own
-        // answers.
+        // The same for UDP, where each of two sockets gets its own answers.
         for vip in cluster_ip(WEB) {
             let other = cluster_ip(20)[usize::from(vip.is_ipv6())];
             let ask = |vip: IpAddr| {
@@ -453,7 +456,7 @@ fn one_client_port_reaches_one_backend_by_two_vips() -> Result<()> {
     Ok(())
 }
 
-/// A client port speaks through a VIP, and then to the backend's own address.
+/// Uses a client port through a VIP, and then to the backend's own address.
 fn speaks_through_the_vip_then_directly(cluster: &Cluster, client: &Namespace) -> Result<()> {
     for (family, vip) in cluster_ip(WEB).into_iter().enumerate() {
         let backend = addresses_of_pod(&cluster.backends[0])[family];
@@ -461,7 +464,7 @@ fn speaks_through_the_vip_then_directly(cluster: &Cluster, client: &Namespace) -
             ("tcp-client", "--interval-ms=0", ECHO, support::ECHO_TARGET),
             ("udp-client", "--connected", DNS, support::DNS_TARGET),
         ] {
-            // The connection through the VIP has ended; what the maps know of it has not.
+            // The connection through the VIP has ended, but its entries are still in the maps.
             for to in [SocketAddr::new(vip, port), SocketAddr::new(backend, target)] {
                 let text = to.to_string();
                 let source = format!("--source-port={}", 43_000 + family);

@@ -1,4 +1,4 @@
-//! What a person decides by flags, and what the Node object says, reaches the maps and the status.
+//! Decisions made by flags and by the Node object reach the maps and the status.
 
 use crate::support::{
     Cluster, Plan, WEB, cluster_ip, number, pinned, reaches, skip, status, until, word,
@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use sluice_lab::Node;
 
-/// The values of a map by key, as the kernel's type information shows them.
+/// Returns the values of a map by key, as the kernel's type information shows them.
 fn dump(node: &Node, map: &str) -> Result<Vec<(Value, Value)>> {
     let path = pinned(node, map)?.display().to_string();
     let dump = node.run("bpftool", ["-j", "map", "dump", "pinned", &path])?;
@@ -19,7 +19,7 @@ fn dump(node: &Node, map: &str) -> Result<Vec<(Value, Value)>> {
     entries.iter().map(|found| entry(found).with_context(|| dump.clone())).collect()
 }
 
-/// The addresses of a field of a list of addresses' maps.
+/// Returns a field that holds an address's octets.
 fn octets(value: &Value, path: &str) -> Value {
     value.pointer(path).and_then(|address| address.get("octets")).cloned().unwrap_or_default()
 }
@@ -54,7 +54,7 @@ fn flags_and_the_node_object_reach_maps_and_status() -> Result<()> {
     ])?;
     reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None)?;
 
-    // Without a Node object the default route's device tells the primary addresses.
+    // Without a Node object the default route's device has the primary addresses.
     let (v4, v6) = (node.ipv4().to_string(), node.ipv6().to_string());
     let told = policy(&node)?;
     println!("{told}");
@@ -117,8 +117,8 @@ fn flags_and_the_node_object_reach_maps_and_status() -> Result<()> {
     })?;
     reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None)?;
 
-    // An agent that ends leaves what it found to the next; cleanup takes out just the ports that an
-    // agent entered.
+    // An agent that ends leaves the ports that it found reserved to the next one. `cleanup` removes
+    // only the ports that an agent entered.
     cluster.agent().stop()?;
     let last = policy(&node)?;
     ensure!(last.get("primary") == Some(&json!(["198.51.100.9", v6])), "{last}");
@@ -128,7 +128,7 @@ fn flags_and_the_node_object_reach_maps_and_status() -> Result<()> {
     ensure!(done.contains("20000-24999,25001-29999"), "{done}");
     ensure!(reserved(&node)? == "25000", "{}", reserved(&node)?);
 
-    // A range that leaves no port.
+    // A range that leaves no port free.
     node.sysctl("net/ipv4/ip_local_port_range", "61000 65535")?;
     let refused = node.sluice_output(&["agent", "--manifests", "/tmp"])?;
     let text = String::from_utf8_lossy(&refused.stderr).into_owned();

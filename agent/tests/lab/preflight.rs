@@ -1,4 +1,4 @@
-//! `sluice preflight`: what it tells of nodes, and that it leaves nothing behind.
+//! `sluice preflight`: its findings about nodes. It leaves nothing behind.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -7,31 +7,33 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use crate::support::{
-    Cluster, Plan, WEB, cluster_ip, reaches, skip, status, unless_unsupported, word,
+    Cluster, Plan, WEB, cluster_ip, follows_the_schema, reaches, skip, status, unless_unsupported,
+    word,
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use sluice_lab::{Cni, Lab, Node, NodeOptions, Overlay};
 
-/// The arguments, with the node's own cgroup.
+/// Returns the arguments, with the node's own cgroup.
 fn args(node: &Node, more: &[&str]) -> Vec<String> {
     let own = ["preflight", "--cgroup"].map(str::to_owned).into_iter();
     let cgroup = node.cgroup_root().display().to_string();
     own.chain([cgroup]).chain(more.iter().map(|word| (*word).to_owned())).collect()
 }
 
-/// Name of a check -> its row; and the exit code.
+/// Returns name of a check -> its row; and the exit code.
 fn preflight(node: &Node) -> Result<(i32, BTreeMap<String, Value>)> {
     preflight_with(node, &[])
 }
 
-/// The same with arguments of the agent's.
+/// Returns the same with arguments of the agent.
 fn preflight_with(node: &Node, more: &[&str]) -> Result<(i32, BTreeMap<String, Value>)> {
     let args = args(node, &[&["-o", "json"], more].concat());
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let Output { status, stdout, stderr } = node.sluice_output(&args)?;
     let report: Value = serde_json::from_slice(&stdout)
         .with_context(|| format!("`sluice preflight` said {}", String::from_utf8_lossy(&stderr)))?;
+    follows_the_schema(&report)?;
     let code = status.code().context("it was killed")?;
     ensure!((code == 0) == (word(&report, "can_run") == "yes"), "{code} {report}");
     let rows = report.get("checks").and_then(Value::as_array).cloned().unwrap_or_default();
@@ -40,18 +42,18 @@ fn preflight_with(node: &Node, more: &[&str]) -> Result<(i32, BTreeMap<String, V
     Ok((code, rows.into_iter().map(|row| (name(&row), row)).collect()))
 }
 
-/// The result and the words of a check.
+/// Returns the result and the words of a check.
 fn check<'a>(rows: &'a BTreeMap<String, Value>, name: &str) -> Result<(&'a str, &'a str)> {
     let row = rows.get(name).with_context(|| format!("no check {name} among {:?}", rows.keys()))?;
     Ok((word(row, "result"), word(row, "what")))
 }
 
-/// Everything of a node that a run could leave something in.
+/// Returns everything of a node in which a run could leave something.
 fn traces(node: &Node) -> Result<String> {
     let cgroups = node.run("find", [&node.cgroup_root().display().to_string(), "-type", "d"])?;
     let pins = node.run("find", [&node.bpffs().display().to_string()])?;
     let tc = node.run("tc", ["qdisc", "show"])?;
-    // Others' labs come and go on the same machine: of mounts, only those of this node count.
+    // Other labs come and go on the same machine, so only the mounts of this node count.
     let own = std::fs::read_to_string("/proc/self/mountinfo")?;
     let state = node.state_directory().display().to_string();
     let mounts: Vec<&str> = own.lines().filter(|line| line.contains(&state)).collect();
@@ -61,7 +63,7 @@ fn traces(node: &Node) -> Result<String> {
     Ok([cgroups, pins, tc, mounts.join("\n"), links, routes, reserved].join("\n---\n"))
 }
 
-/// Cgroups that runs have left.
+/// Returns the number of cgroups that runs have left.
 fn left(node: &Node) -> Result<usize> {
     let root = node.cgroup_root();
     let names = std::fs::read_dir(root).with_context(|| root.display().to_string())?.flatten();
@@ -110,7 +112,7 @@ fn a_node_is_ready_and_nothing_is_left_behind() -> Result<()> {
     let after = traces(&node)?;
     ensure!(before == after, "before:\n{before}\nafter:\n{after}");
 
-    // Killed in the middle, at whatever moment.
+    // It is killed at any moment.
     for try_number in 0..10 {
         let mut child = node.sluice_command(&table)?.stdout(Stdio::null()).spawn()?;
         sleep(Duration::from_millis(250 * try_number));
@@ -134,7 +136,7 @@ fn a_node_is_ready_and_nothing_is_left_behind() -> Result<()> {
 }
 
 #[test]
-fn what_others_have_left_is_told() -> Result<()> {
+fn leftovers_of_others_are_reported() -> Result<()> {
     if skip("what_others_have_left") {
         return Ok(());
     }
@@ -163,7 +165,7 @@ fn others() -> Result<()> {
     node.nft(
         "table ip kube-proxy {\n  chain services {\n  }\n}\ntable ip nat {\n  chain ISTIO_POSTRT {\n  }\n}\n",
     )?;
-    // Whatever kind of device this kernel has.
+    // The device may be of any kind that this kernel has.
     let _ = node.ip(
         "link add nodelocaldns type ifb\nlink add kube-ipvs0 type ifb\naddr add 10.96.0.10/32 dev nodelocaldns\n\
          link set eth0 mtu 1480",
@@ -184,7 +186,7 @@ fn others() -> Result<()> {
     let found = check(&rows, "service-mesh")?;
     ensure!(found.0 == "warn" && found.1.contains("ISTIO_POSTRT"), "{found:?}");
 
-    // What makes it impossible has an exit code.
+    // An obstacle has an exit code of its own.
     node.sysctl("net/ipv4/ip_local_port_range", "10000 29999")?;
     let (code, rows) = preflight(&node)?;
     let ports = check(&rows, "ports")?;
@@ -194,7 +196,7 @@ fn others() -> Result<()> {
     let ports = check(&rows, "ports")?;
     ensure!(code == 0 && ports.1.contains("adds 1024-29999,61000-65535"), "{code} {ports:?}");
 
-    // Nobody tells what nobody may see.
+    // What may not be read is not reported.
     let words = args(&node, &["-o", "json"]);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let sluice = node.sluice_command(&words)?;
@@ -237,7 +239,7 @@ fn a_running_agent_is_not_disturbed() -> Result<()> {
     reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None)
 }
 
-/// Rules that name a frontend where netfilter sees the endpoint already.
+/// Adds rules that name a frontend where netfilter sees the endpoint already.
 fn early_rules(node: &Node) -> Result<()> {
     let (_, rows) = preflight(node)?;
     let found = check(&rows, "early-rules")?;

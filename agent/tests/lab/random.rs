@@ -1,5 +1,5 @@
-//! What `sluice explain` tells of random manifests, against what the programs on a live node do
-//! with random packets, and what its cgroup hooks do with calls.
+//! The answers of `sluice explain` for random manifests, compared with what the programs on a live
+//! node do with random packets, and what its cgroup hooks do with calls.
 //!
 //! Per packet the verdict, the backend, and whether the client's address is kept must be equal; a
 //! call's backend must be one of the candidates. A seed is printed; `SLUICE_RANDOM_SEED` sets it,
@@ -29,19 +29,21 @@ use sluice_core::model::object::Protocol;
 use sluice_core::policy::{DetectLocal, Masquerade, Policy};
 use sluice_lab::{Namespace, Node, PacketSocket};
 
-/// Packets and calls of a round; how many of the packets the command is asked about too.
+/// Number of packets and calls of a round, and of the packets that are passed to the command as
+/// well.
 const PACKETS: usize = 250;
 const CALLS: usize = 25;
 const DATAGRAMS: usize = 10;
 const COMMANDS: usize = 4;
-/// Rejects that a client gets at once: those after may be dropped, as the kernel's are.
+/// Number of rejects that a client gets immediately. Later ones may be dropped, as the kernel's
+/// are.
 const REJECTS: u32 = 5;
-/// Room for what a packet may grow to.
+/// Bytes that a packet may grow to.
 const FRAME_MAX: usize = 4096;
-/// Bytes of `struct __sk_buff`, and where its `ingress_ifindex` and `ifindex` are.
+/// Bytes of `struct __sk_buff`, and the offsets of its `ingress_ifindex` and `ifindex`.
 const SKB: (usize, usize, usize) = (192, 36, 40);
 
-/// How an agent is started, as its flags say it and as they are understood.
+/// An agent's flags, as text and as the test understands them.
 struct Setting {
     args: Vec<&'static str>,
     policy: Policy,
@@ -60,7 +62,7 @@ fn settings() -> Result<[Setting; 4]> {
                 ..Policy::default()
             },
         },
-        // Nothing tells local pods of IPv6.
+        // No local pods of IPv6 are known.
         Setting {
             args: vec!["--cluster-cidr", "10.244.0.0/16"],
             policy: Policy {
@@ -73,7 +75,7 @@ fn settings() -> Result<[Setting; 4]> {
             args: vec!["--masquerade", "all", "--service-cidr", SERVICE_CIDRS],
             policy: Policy {
                 masquerade: Masquerade::All,
-                // As without a cluster's CIDR where masquerading is kube-proxy's.
+                // As without a cluster's CIDR if masquerading is kube-proxy's.
                 detect_local: DetectLocal::None,
                 service_cidrs: networks(SERVICE_CIDRS)?,
                 ..Policy::default()
@@ -101,7 +103,7 @@ impl Device {
     }
 }
 
-/// A program that is attached to a device of a node.
+/// Opens a program that is attached to a device of a node.
 fn program(node: &Node, device: &Device, direction: &str) -> Result<SchedClassifier> {
     let link = pinned_link(node, &format!("dev{}_{direction}", device.index))?;
     let id = FdLink::from(PinnedLink::from_pin(link)?).info()?.program_id();
@@ -121,7 +123,7 @@ fn pinned_link(node: &Node, name: &str) -> Result<PathBuf> {
         .with_context(|| format!("no link {name} below {}", pins.display()))
 }
 
-/// The programs that packets meet, as the agent that runs now has attached them.
+/// The programs that packets pass, as the present agent has attached them.
 struct Programs {
     edge: SchedClassifier,
     ingress: SchedClassifier,
@@ -142,7 +144,7 @@ impl Hooks {
         })
     }
 
-    /// Sends a packet's first frame through the programs that it would meet.
+    /// Sends a packet's first frame through the programs that it would pass.
     fn run(&self, programs: &Programs, question: &Question, routed: bool) -> Result<Seen> {
         let (edge, uplink) = (&self.edge, &self.uplink);
         let (program, came) = match question.from {
@@ -189,7 +191,7 @@ fn run(
     Ok((result.return_value.cast_signed(), output))
 }
 
-/// What an answer says that a packet would show.
+/// Converts an answer to what a packet would show.
 fn told(answer: &Answer) -> Result<Seen> {
     Ok(match answer.verdict {
         Verdict::Pass => Seen::Pass,
@@ -202,18 +204,18 @@ fn told(answer: &Answer) -> Result<Seen> {
     })
 }
 
-/// What became of a call.
+/// The outcome of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Made {
     Refused,
     /// It went there.
     To(SocketAddr),
-    /// It ended before anybody looked.
+    /// It ended before it could be observed.
     Over,
 }
 
-/// This process in the cgroup of a namespace: its sockets meet the hooks of a node. It goes home
-/// when dropped.
+/// Moves this process into the cgroup of a namespace, so that its sockets pass the hooks of a node.
+/// It moves back when dropped.
 struct Visit {
     home: PathBuf,
 }
@@ -241,7 +243,7 @@ impl Drop for Visit {
     }
 }
 
-/// Calls connect() and tells whom the socket then speaks to, which getpeername() does not.
+/// Calls connect() and returns the socket's real peer, which getpeername() does not show.
 fn connect(to: SocketAddr) -> Result<Made> {
     use socket2::{Domain, Socket, Type};
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
@@ -268,7 +270,7 @@ fn connect(to: SocketAddr) -> Result<Made> {
     Ok(Made::Over)
 }
 
-/// An address as the kernel's tables of sockets have it: words in this machine's order.
+/// Parses an address of the kernel's tables of sockets: words in this machine's order.
 fn in_table(text: &str, v4: bool) -> Option<SocketAddr> {
     let (address, port) = text.split_once(':')?;
     let port = u16::from_str_radix(port, 16).ok()?;
@@ -284,7 +286,7 @@ fn in_table(text: &str, v4: bool) -> Option<SocketAddr> {
     Some(SocketAddr::new(address, port))
 }
 
-/// Calls sendmsg() on a socket that is not connected, and tells whom the datagram went to.
+/// Calls sendmsg() on a socket that is not connected, and returns the datagram's destination.
 fn send(to: SocketAddr, wire: &PacketSocket) -> Result<Made> {
     let any: IpAddr =
         if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
@@ -305,7 +307,7 @@ fn send(to: SocketAddr, wire: &PacketSocket) -> Result<Made> {
     Ok(Made::To(to))
 }
 
-/// Whether a call went where it was told to go.
+/// Reports whether a call went where it was told to go.
 fn fits(answer: &Answer, question: &Question, made: Made, ground: &Ground) -> bool {
     let is_call = answer.reason.starts_with("socket_");
     match made {
@@ -314,7 +316,7 @@ fn fits(answer: &Answer, question: &Question, made: Made, ground: &Ground) -> bo
             (candidate.address, candidate.port) == (to.ip(), to.port()) && candidate.share > 0.0
         }),
         Made::To(to) => to == question.destination,
-        // Nobody listens on the nodes themselves, which say so at once.
+        // Nobody listens on the nodes themselves, which refuse immediately.
         Made::Over if is_call => answer.candidates.iter().any(|candidate| {
             ground.own.contains(&candidate.address) || ground.other.contains(&candidate.address)
         }),
@@ -322,7 +324,7 @@ fn fits(answer: &Answer, question: &Question, made: Made, ground: &Ground) -> bo
     }
 }
 
-/// Runs the command; its exit code and answer.
+/// Runs the command. Returns its exit code and answer.
 fn command(node: &Node, words: &str) -> Result<(i32, Value)> {
     let words: Vec<&str> =
         ["explain"].into_iter().chain(words.split_whitespace()).chain(["-o", "json"]).collect();
@@ -332,7 +334,7 @@ fn command(node: &Node, words: &str) -> Result<(i32, Value)> {
     Ok((output.status.code().unwrap_or(-1), answer))
 }
 
-/// A question in the command's words.
+/// Returns a question as arguments of the command.
 fn words(question: &Question) -> String {
     let Question { protocol, source, destination, from, .. } = question;
     let from = match from {
@@ -343,15 +345,15 @@ fn words(question: &Question) -> String {
     format!("{} {source} {destination} --from {from}", protocol.word())
 }
 
-/// What was compared, and what differed.
+/// The number of comparisons, and the differences that were found.
 #[derive(Default)]
 struct Tally {
     verdicts: BTreeMap<&'static str, u32>,
     packets: u32,
-    /// Client -> how many packets of it were to be rejected.
+    /// Client -> number of its packets that were to be rejected.
     rejects: BTreeMap<IpAddr, u32>,
     limited: u32,
-    /// Packets of clients that went where their client had been by another frontend.
+    /// Number of packets of clients that went where their client had been by another frontend.
     returned: u32,
     calls: u32,
     commands: u32,
@@ -374,7 +376,7 @@ impl Round<'_> {
         Ok(explain(question, &world, &routing)?)
     }
 
-    /// Whether a packet that nobody translates leaves by the uplink.
+    /// Reports whether a packet that nobody translates leaves by the uplink.
     fn is_routed(&self, question: &Question) -> bool {
         use sluice::tools::explain::Routing;
         let (_, routing) = self.manifests.world(question);
@@ -382,7 +384,7 @@ impl Round<'_> {
         !routing.is_local(to) && !self.scene.is_near(to)
     }
 
-    /// `used`: clients that flows may be known of.
+    /// Sends random packets. `used` has the clients that may have flows.
     fn packets(
         &self,
         dice: &mut Dice,
@@ -404,7 +406,7 @@ impl Round<'_> {
                     None => continue,
                 },
             };
-            // A tuple that is asked about again would follow its flow.
+            // A tuple that is used again would follow its flow.
             if !used.insert((question.protocol.number(), question.source)) {
                 continue;
             }
@@ -424,7 +426,7 @@ impl Round<'_> {
                 .map(|(question, _, routed)| self.hooks.run(&programs, question, *routed))
                 .collect()
         })?;
-        // Where a client has been at a service port, by whatever frontend.
+        // The last backend of a client at a service port, by any frontend.
         let mut visits = BTreeMap::new();
         for ((question, answer, _), found) in asked.iter().zip(found) {
             let found = found.with_context(|| words(question))?;
@@ -439,8 +441,8 @@ impl Round<'_> {
                 }
             }
             let mut told = told(answer)?;
-            // A process of the host has the address of its route already: nothing on the wire
-            // tells.
+            // A process of the host has the address of its route already, so the wire does not show
+            // it.
             if let (Client::Host, Seen::Forward { kept, .. }, Seen::Forward { kept: seen, .. }) =
                 (question.from, &mut told, found)
             {
@@ -448,7 +450,7 @@ impl Round<'_> {
             }
             let visit = (&answer.service, &answer.port, question.source.ip());
             if let (Some(_), Seen::Forward { backend, .. }) = (answer.affinity, found) {
-                // Manifests tell nothing of a visit by a frontend for other clients, with other
+                // Manifests do not show a visit by a frontend for other clients, with other
                 // backends.
                 let is_known = visits.insert(visit, backend) == Some(backend);
                 let is_candidate = answer
@@ -470,7 +472,7 @@ impl Round<'_> {
         Ok(())
     }
 
-    /// The command says the same, of the live maps and of the manifests.
+    /// Checks that the command gives the same answer, from the live maps and from the manifests.
     fn commands(&self, question: &Question, answer: &Answer, tally: &mut Tally) -> Result<()> {
         let node = self.cluster.node();
         let folder = self.cluster.manifests.directory().display();
@@ -480,7 +482,7 @@ impl Round<'_> {
             self.ground.name,
             self.setting.args.join(" ")
         );
-        // Read back from text, as what the command prints: reading may round a share.
+        // Parsed from text, as the command's output is: parsing may round a share.
         let answer: Value = serde_json::from_str(&serde_json::to_string(answer)?)?;
         let facts = |answer: &Value| {
             let fields = [
@@ -573,7 +575,7 @@ impl Round<'_> {
 }
 
 #[test]
-fn what_is_told_of_random_manifests_is_what_happens() -> Result<()> {
+fn explain_is_right_about_random_manifests() -> Result<()> {
     if skip("what_is_told_of_random_manifests") {
         return Ok(());
     }
@@ -595,7 +597,7 @@ fn what_is_told_of_random_manifests_is_what_happens() -> Result<()> {
     let _ = cluster.node().ip(&format!(
         "route add {endpoints} dev {edge}\nroute add {clients} dev {edge}\nroute add {both6} dev {edge}"
     ))?;
-    // Calls to pods that are not there end in silence, not in an ICMP error.
+    // Calls to pods that do not exist end in silence, not in an ICMP error.
     for prefix in scene::pods(false) {
         let _ = cluster.nodes[1].ip(&format!("route add blackhole {prefix}"))?;
     }
@@ -617,7 +619,7 @@ fn what_is_told_of_random_manifests_is_what_happens() -> Result<()> {
         let scene = Scene::new(&mut dice, &ground, round);
         cluster.manifests.write_text("scene.yaml", &scene.text)?;
         if round == 0 || number_of(round - 1) != number_of(round) {
-            // The first call of a pod that nobody knows would go packet by packet.
+            // The first call of an unknown pod would be translated per packet.
             let args: Vec<&str> =
                 setting.args.iter().copied().chain(["--socket-path=machine"]).collect();
             cluster.change_agents(&args)?;
@@ -627,7 +629,7 @@ fn what_is_told_of_random_manifests_is_what_happens() -> Result<()> {
             let end = format!("end-{round}");
             Ok(rows.iter().any(|row| word(row, "service") == end).then_some(()))
         })?;
-        // What is written after it.
+        // Written after it, so that it is loaded last.
         std::thread::sleep(Duration::from_millis(100));
         let options = Options {
             path: cluster.manifests.directory().to_owned(),

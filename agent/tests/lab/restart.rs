@@ -37,7 +37,7 @@ impl Connections {
         Ok(Self(open))
     }
 
-    /// All go on, each with the backend it has had.
+    /// Checks that all go on, each with the backend that it has had.
     fn live(&mut self, when: &str) -> Result<()> {
         for client in &mut self.0 {
             client.goes_on(2, SOON).with_context(|| format!("a connection broke {when}"))?;
@@ -89,7 +89,7 @@ impl Traffic {
         Ok(Self(running))
     }
 
-    /// Every request so far was answered, and there were some since the last time.
+    /// Checks that every request so far was answered, and that there were some since the last time.
     fn unharmed(&mut self, when: &str) -> Result<()> {
         for client in &mut self.0 {
             client.goes_on(2, SOON).with_context(|| format!("requests ended {when}"))?;
@@ -108,7 +108,7 @@ impl Traffic {
     }
 }
 
-/// The ids in the maps: of service ports by family, of backends.
+/// Returns the ids in the maps: of service ports by family, of backends.
 fn ids(node: &Node) -> Result<BTreeMap<String, u64>> {
     let mut ids = BTreeMap::new();
     for row in listed(node, &["services"])? {
@@ -145,7 +145,8 @@ fn connections_survive(name: &str, mode: &'static str) -> Result<()> {
     let plan = Plan { near: 3, args: vec!["--socket-path", mode], ..Plan::default() };
     let mut cluster = Cluster::new(name, &plan)?;
     let node = cluster.node().clone();
-    // Eight from each of six places, so that every backend has some, but once in ten million times.
+    // Eight from each of six places, so that every backend has some, except once in ten million
+    // times.
     let mut connections = Connections::open(&cluster, 8)?;
     ensure!(
         connections.names().len() == 3,
@@ -178,7 +179,7 @@ fn connections_survive(name: &str, mode: &'static str) -> Result<()> {
     let after = ids(&node)?;
     ensure!(before == after, "ids were {before:?}, are {after:?}");
 
-    // It is edited while the agent is away, and while it is there.
+    // The manifest is edited while the agent is away, and while it runs.
     cluster.agent().stop()?;
     cluster.manifests.write(&cluster.web())?;
     traffic.unharmed("when the agent was stopped")?;
@@ -227,11 +228,11 @@ fn shares_follow_the_backends() -> Result<()> {
         until_backends(&node, "web", count)?;
         let shares = Reply::shares(&cluster.client.http_get(&url(vip, HTTP, ""), 600)?);
         println!("{count} backends: {shares:?}");
-        // Maglev's table is even within a few per cent; chance adds four deviations.
+        // Maglev's table is even within a few per cent; chance adds four standard deviations.
         let even = shares.values().all(|share| share.abs_diff(fair) <= 60);
         ensure!(shares.len() == count && even, "{count} backends: {shares:?}");
     }
-    // A service that goes leaves nobody to answer.
+    // After a service is deleted, nobody answers.
     cluster.manifests.remove(&cluster.web())?;
     until("the service goes", || Ok(listed(&node, &["services"])?.is_empty().then_some(())))?;
     let events = cluster.client.ask([

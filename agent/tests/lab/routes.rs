@@ -1,4 +1,4 @@
-//! Processes of the host that call Services where the host's own routes are no good: VIPs need none
+//! Processes of the host that call Services while the host's own routes are useless: VIPs need none
 //! of them.
 
 use std::collections::BTreeSet;
@@ -22,8 +22,8 @@ const HOST: u8 = 12;
 /// Networks of all ClusterIPs.
 const NETWORKS: [&str; 2] = ["10.96.0.0/16", "fd00:10:96::/112"];
 
-/// Where the host's default routes lead, and whether netfilter's translation, which comes behind
-/// the first look at the routes, gets a packet to the endpoint all the same.
+/// The destinations of the host's default routes, and whether netfilter's translation, which comes
+/// after the first route lookup, still gets a packet to the endpoint.
 const ROUTES: [(&str, &[&str; 2], bool); 6] = [
     ("out of a device that drops", &["default dev hole", "default dev hole"], true),
     ("out of a device without programs", &["default dev here", "default dev here"], true),
@@ -37,7 +37,7 @@ const ROUTES: [(&str, &[&str; 2], bool); 6] = [
     ("missing", &["", ""], false),
 ];
 
-/// How a socket asks.
+/// The kinds of sockets that send requests.
 const WAYS: [(&str, &[&str]); 5] = [
     ("TCP", &["tcp-client"]),
     ("TCP from the node's address", &["tcp-client", "--source-port=45007"]),
@@ -46,8 +46,8 @@ const WAYS: [(&str, &[&str]); 5] = [
     ("connected UDP by a v6 socket", &["udp-client", "--connected", "--mapped"]),
 ];
 
-/// A process of the host is answered by a Service however its socket is; who answered at each of
-/// the ports (TCP, UDP).
+/// Checks that a Service answers a process of the host whatever kind of socket it uses. Returns who
+/// answered at each of the ports (TCP, UDP).
 fn asks(client: &Namespace, address: IpAddr, ports: [u16; 2]) -> Result<[BTreeSet<String>; 2]> {
     asks_by(client, &WAYS, 4, address, ports)
 }
@@ -55,7 +55,7 @@ fn asks(client: &Namespace, address: IpAddr, ports: [u16; 2]) -> Result<[BTreeSe
 /// Changes the node's default routes in both families.
 fn route_default(node: &Node, routes: [&str; 2]) -> Result<()> {
     for (family, route) in ["-4", "-6"].into_iter().zip(routes) {
-        // All of them, also one of another kind or metric.
+        // This includes routes of other kinds and metrics.
         while node.output("ip", [family, "route", "del", "default"])?.status.success() {}
         if !route.is_empty() {
             let _ = node.run("ip", [family, "route", "add"].into_iter().chain(route.split(' ')))?;
@@ -64,7 +64,7 @@ fn route_default(node: &Node, routes: [&str; 2]) -> Result<()> {
     Ok(())
 }
 
-/// A service with the addresses of a number, and node ports that begin with it.
+/// Returns a service with the addresses of a number, and node ports that begin with it.
 fn with_node_ports(name: &str, number: u8) -> Service {
     let [echo, dns] = node_ports(number);
     let mut service = Service::new(name)
@@ -91,7 +91,7 @@ fn write_node(cluster: &Cluster, addresses: Pair) -> Result<()> {
     cluster.manifests.write_text("node.yaml", &format!("{object}{addresses}\n"))
 }
 
-/// Two nodes with a service of each kind; on the first one the devices that lead nowhere.
+/// Builds two nodes with a service of each kind. The first one also has devices that lead nowhere.
 fn cluster(name: &str) -> Result<Cluster> {
     // On a bridge: the routed pods' gateway answers for what the node has a route to.
     let node = NodeOptions { cni: Cni::Bridge { bridge_nf: false }, ..NodeOptions::default() };
@@ -99,7 +99,7 @@ fn cluster(name: &str) -> Result<Cluster> {
         Cluster::without_agents(name, &Plan { node, near: 1, far: 1, ..Plan::default() })?;
     let node = cluster.node().clone();
     let hole = |kind: &str| node.ip(&format!("link add hole type {kind}"));
-    // An ifb drops what it is to send, too; not every kernel has dummies.
+    // An ifb drops what it is to send as well; not every kernel has dummies.
     let _ = hole("dummy").or_else(|_| hole("ifb"))?;
     let _ = node.ip("link set lo up\nlink set hole up\n\
          link add here type veth peer name there\nlink set here up\nlink set there up")?;
@@ -113,7 +113,7 @@ fn cluster(name: &str) -> Result<Cluster> {
     Ok(cluster)
 }
 
-/// The routes of our own device.
+/// Returns the routes of our own device.
 fn own_routes(node: &Node, family: &str) -> Result<Vec<String>> {
     let output =
         node.output("ip", [family, "-o", "route", "show", "dev", "sluice0", "proto", "83"])?;
@@ -149,7 +149,8 @@ fn a_process_of_the_host_needs_no_good_route_to_a_service() -> Result<()> {
     }
     let mut cluster = cluster("routes")?;
     let node = cluster.node().clone();
-    // The controls: without a proxy nobody is answered, by netfilter where there is a route.
+    // The controls: without a proxy nobody is answered; with netfilter, everybody is where there is
+    // a route.
     for (what, routes, is_route) in ROUTES {
         route_default(&node, *routes)?;
         for [plain, sticky] in [cluster_ip(PLAIN), cluster_ip(STICKY)] {
@@ -204,7 +205,7 @@ fn a_process_of_the_host_needs_no_good_route_to_a_service() -> Result<()> {
     Ok(())
 }
 
-/// Every kind of frontend answers processes of the host.
+/// Checks that every kind of frontend answers processes of the host.
 fn answered_by_every_frontend(node: &Node) -> Result<()> {
     for number in [PLAIN, STICKY, HOST] {
         for (index, address) in cluster_ip(number).into_iter().enumerate() {
@@ -216,13 +217,13 @@ fn answered_by_every_frontend(node: &Node) -> Result<()> {
                     _ => all.all(|name| name == "n1"),
                 }
             };
-            // At once, and whatever the routes were before.
+            // Immediately, and whatever the routes were before.
             let names = asks(node, address, [ECHO, DNS]).context("ClusterIP")?;
             ensure!(is_right(&names), "{address}: {names:?}");
             let own = addresses_of_node(node)[index];
             let names = asks(node, own, node_ports(number)).context("node port")?;
             ensure!(is_right(&names), "{own}, service {number}: {names:?}");
-            // A machine may have these, so they follow the routes: a little later.
+            // A machine may have these addresses, so they follow the routes, a little later.
             for external in [external_ip(number)[index], external_ip(100 + number)[index]] {
                 let names = eventually(|| asks(node, external, [ECHO, DNS])).context("external")?;
                 ensure!(is_right(&names), "{external}: {names:?}");
@@ -232,7 +233,7 @@ fn answered_by_every_frontend(node: &Node) -> Result<()> {
     Ok(())
 }
 
-/// What succeeds soon, if not at once.
+/// Repeats an attempt until it succeeds, for a while.
 fn eventually<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     let deadline = Instant::now() + 2 * SOON;
     loop {
@@ -251,7 +252,7 @@ fn routes_of_vips_respect_those_of_others() -> Result<()> {
     }
     let mut cluster = cluster("routes-of-others")?;
     let node = cluster.node().clone();
-    // Somebody else's routes: to the whole network, to a part of it, to one address.
+    // Routes of others: to the whole network, to a part of it, to one address.
     let _ = node.ip(&format!(
         "route add blackhole {}\nroute add 10.96.0.8/29 via 192.0.2.99 proto bird\n\
          route add 10.96.0.{STICKY}/32 via 192.0.2.1 proto bird",
@@ -268,7 +269,7 @@ fn routes_of_vips_respect_those_of_others() -> Result<()> {
             let _ = asks(&node, vip, [ECHO, DNS])?;
             let family = if vip.is_ipv4() { "-4" } else { "-6" };
             let route = node.run("ip", [family, "route", "get", &vip.to_string()])?;
-            // One that leads to a VIP alone, and to somebody, is as good as ours.
+            // A route to a VIP alone that leads somewhere is as good as ours.
             let is_theirs = vip == cluster_ip(STICKY)[0];
             ensure!(
                 route.contains("dev sluice0") != is_theirs && route.contains(&format!("src {own}")),
@@ -276,7 +277,8 @@ fn routes_of_vips_respect_those_of_others() -> Result<()> {
             );
         }
     }
-    // None of theirs was replaced, and none of an external VIP is made where a route leads.
+    // None of their routes was replaced, and none is made for an external VIP that already has a
+    // route.
     let after = theirs()?;
     for route in &before {
         ensure!(after.lines().any(|line| line == route), "{route} is gone:\n{after}");
@@ -286,14 +288,14 @@ fn routes_of_vips_respect_those_of_others() -> Result<()> {
         let routes = own_routes(&node, family)?;
         ensure!(!routes.contains(&external.to_string()), "{routes:?}");
     }
-    // One of ours that somebody removes is made again; one whose source leaves the node, too.
+    // A removed route of ours is made again, and so is one whose source address leaves the node.
     let vip = cluster_ip(PLAIN)[1];
     let _ = node.run("ip", ["-6", "route", "flush", "dev", "sluice0", "proto", "83"])?;
     until("the route is made again", || {
         Ok(own_routes(&node, "-6")?.iter().any(|route| route == NETWORKS[1]).then_some(()))
     })?;
     let _ = asks(&node, vip, [ECHO, DNS])?;
-    // The default routes go: an external VIP is ours, until another route leads there.
+    // The default routes go: an external VIP gets our route until another route leads there.
     route_default(&node, ["", ""])?;
     for external in external_ip(PLAIN) {
         let family = if external.is_ipv4() { "-4" } else { "-6" };
@@ -306,7 +308,7 @@ fn routes_of_vips_respect_those_of_others() -> Result<()> {
         until("the external VIP's route of ours goes", || Ok((!is_ours()?).then_some(())))?;
         let _ = asks(&node, external, [ECHO, DNS])?;
     }
-    // Nothing stays.
+    // No route of ours is left.
     for mut agent in cluster.agents.drain(..) {
         agent.stop()?;
     }
@@ -324,7 +326,8 @@ fn an_external_vip_whose_machine_is_away_is_served_until_it_is_back() -> Result<
     }
     let mut cluster = cluster("routes-to-machines")?;
     let node = cluster.node().clone();
-    // On the node's own link: a balancer's address that this node announces and no machine holds.
+    // On the node's own link: a balancer's address that this node announces and that no machine
+    // holds.
     let announced: Pair = ["192.0.2.200".parse()?, "2001:db8:0:2::200".parse()?];
     let service = with_node_ports("announced", 13).backends(&cluster.backends);
     let service = announced.into_iter().fold(service, Service::load_balancer_ip);
@@ -334,7 +337,7 @@ fn an_external_vip_whose_machine_is_away_is_served_until_it_is_back() -> Result<
     for vip in announced {
         let _ = eventually(|| asks(&node, vip, [ECHO, DNS]))?;
     }
-    // A machine gets it: at ports that no Service has, it is reached.
+    // A machine gets the address, and is reached at ports that no Service has.
     let other = cluster.nodes[1].clone();
     cluster.serve(&other)?;
     let [v4, v6] = announced;
@@ -351,7 +354,7 @@ fn an_external_vip_whose_machine_is_away_is_served_until_it_is_back() -> Result<
 }
 
 #[test]
-fn a_node_address_that_no_uplink_has_is_told() -> Result<()> {
+fn a_node_address_that_no_uplink_has_is_reported() -> Result<()> {
     if skip("a_node_address_that_no_uplink_has") {
         return Ok(());
     }
@@ -364,9 +367,9 @@ fn a_node_address_that_no_uplink_has_is_told() -> Result<()> {
         let all = last.get("problems").and_then(|all| all.as_array()).cloned().unwrap_or_default();
         Ok(all.iter().map(|one| one.as_str().unwrap_or_default().to_owned()).collect())
     };
-    // The control: an uplink has them.
+    // The control: an uplink has the addresses.
     ensure!(problems()?.is_empty(), "{:?}", problems()?);
-    // On a bridge of its own, by which nobody outside comes.
+    // The address is on a bridge of its own, through which nobody outside comes.
     let on_bridge: Pair = ["192.0.9.1".parse()?, "2001:db8:0:9::1".parse()?];
     let _ = node.ip("link add br9 type bridge\nlink set br9 up\naddr add 192.0.9.1/24 dev br9")?;
     let _ = node.ip("addr add 2001:db8:0:9::1/64 dev br9 nodad")?;
@@ -382,7 +385,7 @@ fn a_node_address_that_no_uplink_has_is_told() -> Result<()> {
                 Ok(problems()?.iter().any(|told| told.starts_with(&problem)).then_some(()))
             })?;
         }
-        // All else is served.
+        // Everything else is served.
         let _ = node.sluice(&["status"]).context("the node is not ready")?;
     }
     write_node(&cluster, addresses_of_node(&node))?;

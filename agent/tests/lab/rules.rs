@@ -1,5 +1,4 @@
-//! What Services and flags ask for shows on the wire: who answers, who is refused, who hears
-//! nothing.
+//! The effects of Services and flags on the wire: who answers, who is refused, who gets no answer.
 
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
@@ -20,7 +19,7 @@ use sluice_lab::{Backend, Cni, Event, Namespace, Node, NodeOptions, Port, Reply,
 const NODE_ECHO: u16 = 30_007;
 const NODE_DNS: u16 = 30_053;
 
-/// The service `web` with node ports.
+/// Returns the service `web` with node ports.
 fn web(cluster: &Cluster) -> Service {
     let [cluster4, cluster6] = cluster_ip(WEB);
     let [external4, external6] = external_ip(WEB);
@@ -35,7 +34,7 @@ fn web(cluster: &Cluster) -> Service {
         .backends(&cluster.backends)
 }
 
-/// What becomes of one request.
+/// The outcome of one request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Outcome {
     Answered(Reply),
@@ -65,12 +64,12 @@ impl Outcome {
         bail!("nothing became of a request: {events:?}")
     }
 
-    /// Who answered.
+    /// Returns the name of the backend that answered.
     fn name(&self) -> Option<&str> {
         if let Self::Answered(reply) = self { Some(&reply.name) } else { None }
     }
 
-    /// The client's address, as the one who answered saw it.
+    /// Returns the client's address as the backend that answered saw it.
     fn seen(&self) -> Option<IpAddr> {
         if let Self::Answered(reply) = self { Some(reply.seen.ip()) } else { None }
     }
@@ -80,7 +79,7 @@ impl Outcome {
     }
 }
 
-/// A connection and one line on it.
+/// Opens a connection and sends one line on it.
 fn tcp(client: &Namespace, address: IpAddr, port: u16) -> Result<Outcome> {
     let to = SocketAddr::new(address, port).to_string();
     Outcome::of(&client.ask([
@@ -112,7 +111,7 @@ fn udp_connected(client: &Namespace, address: IpAddr, port: u16) -> Result<Outco
     ])?)
 }
 
-/// Exactly these answer at an address, by TCP and by both kinds of UDP.
+/// Checks that exactly these answer at an address, by TCP and by both kinds of UDP.
 fn answer(client: &Namespace, address: IpAddr, ports: [u16; 2], names: &[&str]) -> Result<()> {
     let (http, dns) = (SocketAddr::new(address, ports[0]), SocketAddr::new(address, ports[1]));
     let what = |way: &str| format!("{} by {way} at {address}", client.name());
@@ -124,8 +123,8 @@ fn answer(client: &Namespace, address: IpAddr, ports: [u16; 2], names: &[&str]) 
     all_answer(&what("connected UDP"), &connected, names, dns)
 }
 
-/// The service is served as its manifest says now: with so many backends in all, this being the
-/// last change.
+/// Waits until the service is served as its manifest says now: with this many backends in all, and
+/// with this last change.
 fn until_served(cluster: &Cluster, service: &Service, backends: usize) -> Result<()> {
     cluster.manifests.write(service)?;
     until_backends(cluster.node(), "web", backends)
@@ -137,7 +136,7 @@ fn own_addresses(node: &Namespace) -> Result<Vec<IpAddr>> {
     Ok(words.filter_map(|word| word.parse().ok()).collect())
 }
 
-/// How often a reason has been counted.
+/// Returns how many packets were counted with a reason.
 fn count(node: &Node, reason: &str) -> Result<u64> {
     Ok(reasons(node)?.get(reason).copied().unwrap_or_default())
 }
@@ -165,13 +164,13 @@ fn node_ports_are_served_at_the_addresses_that_are_asked_for() -> Result<()> {
     let primary = addresses_of_node(&node);
     let loopback: Pair = ["127.0.0.1".parse()?, "::1".parse()?];
     let places = [("primary", primary), ("second", second), ("loopback", loopback)];
-    // The flag -> where node ports are served: `primary`, `second`, `loopback`, for each family.
+    // The flag -> where node ports are served: `primary`, `second` and `loopback`, for each family.
     let table: [(&str, [&str; 2]); 7] = [
         ("primary", ["primary"; 2]),
         ("all", ["primary second"; 2]),
         ("localhost", ["loopback"; 2]),
         ("primary,localhost", ["primary loopback"; 2]),
-        // Nothing in the list concerns the other family: it is served at all addresses.
+        // Nothing in the list is of the other family, which is served at all addresses.
         ("198.51.100.0/24", ["second", "primary second"]),
         ("198.51.100.0/24,2001:db8:51::/64", ["second"; 2]),
         ("192.0.2.0/24,2001:db8:51::/64,localhost", ["primary loopback", "second loopback"]),
@@ -245,8 +244,8 @@ fn external_ips_are_served_where_they_are_allowed_and_it_is_said() -> Result<()>
                         answer(client, address, [HTTP, DNS], &["near-1", "far-1"])
                             .context(flag.to_owned())?;
                     } else {
-                        // A datagram from the port of an earlier one is of that flow, which goes
-                        // on: another port will tell.
+                        // A datagram from the port of an earlier one belongs to its flow, which
+                        // goes on, so another port is needed.
                         let datagram = match udp(client, address, DNS)? {
                             answered if answered.name().is_some() => udp(client, address, DNS)?,
                             refused => refused,
@@ -290,7 +289,7 @@ fn an_internal_local_policy_serves_local_backends_alone() -> Result<()> {
                 answer(client, outside, [HTTP, DNS], &["near-1", "far-1"]).context(mode)?;
             }
         }
-        // Somebody serves, but nobody here: dropped.
+        // A backend elsewhere serves, but none here: dropped.
         let far = cluster.backends[1].clone();
         until_served(&cluster, &local(&cluster).backends([&far]), 1)?;
         for client in [&*cluster.client, &**cluster.node()] {
@@ -312,7 +311,7 @@ fn an_internal_local_policy_serves_local_backends_alone() -> Result<()> {
                 answer(client, outside, [HTTP, DNS], &["far-1"]).context(mode)?;
             }
         }
-        // Nobody serves: refused.
+        // No backend serves: refused.
         until_served(&cluster, &local(&cluster).backends(Vec::<Backend>::new()), 0)?;
         for client in [&*cluster.client, &**cluster.node()] {
             for vip in cluster_ip(WEB) {
@@ -329,7 +328,7 @@ fn an_internal_local_policy_serves_local_backends_alone() -> Result<()> {
     Ok(())
 }
 
-/// The object of the first node, in a zone.
+/// Returns the object of the first node, in a zone.
 fn node_object(node: &Node, zone: &str) -> String {
     format!(
         "apiVersion: v1\nkind: Node\nmetadata: {{name: {}, labels: {{topology.kubernetes.io/zone: {zone}}}}}\n\
@@ -353,7 +352,7 @@ fn hints_for_zone_and_node_steer_who_may_reach_all() -> Result<()> {
     cluster.manifests.write_text("node.yaml", &node_object(&node, "z1"))?;
     cluster.manifests.write(&web(&cluster))?;
     cluster.start_agents(&[])?;
-    // The backends -> who serves.
+    // The backends -> those that serve.
     let table = [
         ("the other's zone", [near.clone().for_zone("z2"), far.clone().for_zone("z1")], &both[1..]),
         ("one has no hint", [near.clone(), far.clone().for_zone("z1")], both),
@@ -374,7 +373,7 @@ fn hints_for_zone_and_node_steer_who_may_reach_all() -> Result<()> {
         [
             (&cluster.client, [cluster_ip(WEB), external_ip(WEB), node_addresses]),
             (&node, [cluster_ip(WEB), external_ip(WEB), node_addresses]),
-            // A ClusterIP is nothing to a client outside.
+            // A ClusterIP is not for a client outside.
             (&cluster.outside, [external_ip(WEB), external_ip(WEB), node_addresses]),
         ]
     };
@@ -386,7 +385,7 @@ fn hints_for_zone_and_node_steer_who_may_reach_all() -> Result<()> {
             Ok((found == names.iter().copied().collect()).then_some(()))
         })?;
         for (client, addresses) in clients {
-            // Whoever takes a known flow's port goes where that flow goes.
+            // A client that takes a known flow's port goes where that flow goes.
             take_fresh_ports(client)?;
             for (place, addresses) in addresses.into_iter().enumerate() {
                 for address in addresses {
@@ -421,7 +420,7 @@ fn hints_for_zone_and_node_steer_who_may_reach_all() -> Result<()> {
     Ok(())
 }
 
-/// The status and the weight that a health check tells.
+/// Returns the status and the weight that a health check reports.
 fn health(client: &Namespace, at: SocketAddr) -> Result<(u16, String, String)> {
     let answer = client.enter(|| -> std::io::Result<String> {
         let mut stream = TcpStream::connect_timeout(&at, Duration::from_secs(1))?;
@@ -443,7 +442,8 @@ fn health(client: &Namespace, at: SocketAddr) -> Result<(u16, String, String)> {
 /// The port of the health check.
 const CHECK: u16 = 32_100;
 
-/// Some backends, who serves inside, who serves outside, what the health check tells.
+/// Some backends, those that serve inside, those that serve outside, and the answer of the health
+/// check.
 type Stage<'a> =
     (&'static str, &'a [Backend], &'a [&'static str], &'a [&'static str], (u16, &'static str));
 
@@ -543,9 +543,9 @@ fn backends_that_terminate_stand_in_and_the_health_check_does_not_count_them() -
     Ok(())
 }
 
-/// A pod asks at a load balancer's address of a Service whose policy is Local and that has backends
-/// elsewhere only: served by the short circuit if it is known for a local pod, else dropped. Tells
-/// whether it was served.
+/// Sends a pod's request to a load balancer's address of a Service whose policy is Local and that
+/// has backends elsewhere only. It is served by the short circuit if the pod is known as a local
+/// one, else dropped. Returns whether it was served.
 fn short_circuit(cluster: &Cluster) -> Result<bool> {
     let mut served = BTreeSet::new();
     for family in 0..2 {
@@ -590,7 +590,7 @@ fn a_local_pod_is_known_as_it_is_asked_for() -> Result<()> {
         (&["--detect-local=cluster-cidr", others], false),
         (&["--detect-local=interface-name-prefix=lxc"], true),
         (&["--detect-local=interface-name-prefix=veth"], false),
-        // As kube-proxy without a detector.
+        // Like kube-proxy without a detector.
         (&["--masquerade=kube-proxy"], false),
         (&["--masquerade=kube-proxy", cidrs], true),
     ];
@@ -637,12 +637,12 @@ fn clients_of_a_cluster_ip_are_masqueraded_as_it_is_asked_for() -> Result<()> {
     cluster.start_agents(&[])?;
     let own: BTreeSet<IpAddr> = own_addresses(&node)?.into_iter().collect();
     let cidrs = "--cluster-cidr=10.244.0.0/16,fd00:10:244::/48";
-    // The flags -> whether a pod is masqueraded; a client outside, with a backend here, with a
-    // backend elsewhere.
+    // The flags -> whether a pod is masqueraded, a client outside with a backend here, and one with
+    // a backend elsewhere.
     let table: [(&[&str], [bool; 3]); 6] = [
         (&["--socket-path=off"], [false, false, true]),
         (&["--socket-path=off", "--masquerade=kube-proxy", cidrs], [false, true, true]),
-        // Nobody is known for a local pod, and nobody is masqueraded.
+        // No local pod is known, and nobody is masqueraded.
         (&["--socket-path=off", "--masquerade=kube-proxy"], [false, false, false]),
         (&["--socket-path=off", "--masquerade=all"], [true, true, true]),
         (&["--socket-path=all", "--masquerade=all"], [true, true, true]),
@@ -657,8 +657,8 @@ fn clients_of_a_cluster_ip_are_masqueraded_as_it_is_asked_for() -> Result<()> {
             for (who, kept, masqueraded) in
                 [(&*cluster.client, of_pod, [pod, pod]), (&*cluster.outside, client, [near, far])]
             {
-                // Without masquerade the way back of a client outside from a backend elsewhere
-                // leaves this node out.
+                // Without masquerading, the way back of a client outside from a backend elsewhere
+                // does not pass this node.
                 if who.name() == "outside" && !masqueraded[1] {
                     continue;
                 }
@@ -695,7 +695,7 @@ fn a_service_address_that_nobody_has_leaves_by_no_uplink() -> Result<()> {
     }
     let mut cluster = Cluster::without_agents("unassigned", &Plan { near: 1, ..Plan::default() })?;
     let node = cluster.node().clone();
-    // Somebody beyond the router has the addresses, so that it shows if packets get there.
+    // A machine beyond the router has the addresses, so that it shows whether packets get there.
     let strays = cluster_ip(99);
     let elsewhere = cluster.lab.client("elsewhere")?;
     let _ = elsewhere.ip("link set lo up")?;
@@ -735,7 +735,7 @@ fn a_service_address_that_nobody_has_leaves_by_no_uplink() -> Result<()> {
         }
         reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None)?;
     }
-    // Something on this node serves them, as another proxy would: none of ours.
+    // Another proxy on this node serves the addresses, so that they are not ours.
     let lines = strays
         .map(|vip| format!("addr add {vip}/{} dev other", if vip.is_ipv4() { 32 } else { 128 }));
     let _ = node.ip(&format!("link add other type bridge\n{}", lines.join("\n")))?;
@@ -757,7 +757,7 @@ fn a_vip_that_something_on_the_node_serves_is_left_to_it() -> Result<()> {
     }
     let mut cluster = Cluster::without_agents("nodelocal", &Plan { near: 1, ..Plan::default() })?;
     let node = cluster.node().clone();
-    // Another service, to see that nothing is wrong with the rest.
+    // Another service, to show that the rest works.
     let pods = cluster.backends.clone();
     cluster.manifests.write(&support::service("other", 20).backends(&pods))?;
     let [v4, v6] = cluster_ip(WEB);
@@ -798,11 +798,11 @@ fn a_vip_that_something_on_the_node_serves_is_left_to_it() -> Result<()> {
             }
             reaches(&cluster.client, cluster_ip(20), &["near-1"], None)
                 .context(device.to_owned())?;
-            // The load balancer's addresses of the same Service are served on.
+            // The load balancer's addresses of the same Service are still served.
             for address in external_ip(WEB) {
                 answer(&cluster.outside, address, [HTTP, DNS], &["near-1"])?;
             }
-            // The cache goes: its Service is there.
+            // The cache goes, and its Service is served.
             for mut server in servers {
                 let _ = server.kill()?;
             }
@@ -821,7 +821,7 @@ fn a_vip_that_something_on_the_node_serves_is_left_to_it() -> Result<()> {
     Ok(())
 }
 
-/// How long affinity lasts.
+/// The seconds for which affinity lasts.
 const SECONDS: u64 = 3;
 
 #[test]
@@ -847,8 +847,8 @@ fn affinity_ends_with_its_time() -> Result<()> {
     ];
     let mut waiting = Vec::new();
     for (client, vip) in clients {
-        // The backend that the table has for the client goes: it finds another, which is then its
-        // own.
+        // The backend that the table has for the client goes: the client gets another one, which
+        // then is its own.
         let home = ask(client, vip)?;
         let rest: Vec<_> =
             cluster.backends.iter().filter(|pod| pod.name() != home).cloned().collect();
@@ -857,7 +857,7 @@ fn affinity_ends_with_its_time() -> Result<()> {
         let other = ask(client, vip)?;
         ensure!(other != home, "{home} is gone");
         until_served(&cluster, &sticky(&cluster), 3)?;
-        // Each new connection renews it, beyond the time of the first.
+        // Each new connection renews it, beyond the time of the first one.
         for pause in [0, SECONDS * 2 / 3, SECONDS * 2 / 3] {
             std::thread::sleep(Duration::from_secs(pause));
             let next = Instant::now();
@@ -871,7 +871,7 @@ fn affinity_ends_with_its_time() -> Result<()> {
         }
         waiting.push((client, vip, other));
     }
-    // Their time passes, and each time they are led on, in a few rounds to another backend.
+    // Their time passes, and each time they are led on: within a few rounds to another backend.
     for _ in 0..8 {
         std::thread::sleep(Duration::from_secs(SECONDS + 1));
         let mut still = Vec::new();

@@ -1,4 +1,5 @@
-//! What is kept with a socket whose calls are translated: whom it asked for, and who answers it.
+//! The data that is kept with a socket whose calls are translated: the destination that it asked
+//! for, and the source of its answers.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -10,7 +11,7 @@ use crate::support::{
 use anyhow::{Context, Result, ensure};
 use sluice_lab::{Event, Running, Serve};
 
-/// Sockets that one pod makes: more than any map of ours has places for.
+/// Number of sockets that one pod makes: more than any of our maps has room for.
 const MANY: u32 = 150_000;
 
 #[test]
@@ -29,7 +30,7 @@ fn a_pod_with_many_sockets_pushes_out_nobody_elses_answers() -> Result<()> {
     until_backends(&node, "other", 1)?;
     for (vip, flooded) in cluster_ip(20).into_iter().zip(cluster_ip(21)) {
         let to = SocketAddr::new(vip, DNS);
-        // The server answers when the others have asked.
+        // The server answers after the others have sent their requests.
         echo.signal(libc::SIGSTOP)?;
         let told = to.to_string();
         let mut waiting =
@@ -84,7 +85,7 @@ fn an_unconnected_socket_stays_with_its_endpoint_while_that_one_serves() -> Resu
     let more =
         |clients: &mut [Running]| clients.iter_mut().try_for_each(|client| client.goes_on(4, SOON));
     more(&mut clients)?;
-    // Others come, and go again.
+    // Other endpoints come, and go again.
     for count in [5, 3, 4, 3] {
         web(count)?;
         more(&mut clients)?;
@@ -97,7 +98,7 @@ fn an_unconnected_socket_stays_with_its_endpoint_while_that_one_serves() -> Resu
         chosen.extend(names);
     }
     ensure!(chosen.len() > 1, "all sockets were answered by {chosen:?}");
-    // The control: those whose endpoint goes are answered by another one.
+    // The control: sockets whose endpoint goes are answered by another one.
     web(1)?;
     for client in &mut clients {
         client.wait_until("the first endpoint answers", SOON, |this| {

@@ -11,7 +11,7 @@ use crate::support::{Pair, addresses_of_client, addresses_of_pod, skip, unless_u
 use anyhow::{Context, Result};
 use sluice_lab::{Cni, NodeOptions, Overlay};
 
-/// Whose conversations a policy ends.
+/// The conversations that a policy ends.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ends {
     Nobodys,
@@ -31,8 +31,8 @@ impl Ends {
     }
 }
 
-/// Policies: a name, the hook and priority of a chain, a rule for each family, and whose
-/// conversations they end.
+/// Returns policies: a name, the hook and priority of a chain, a rule for each family, and the
+/// conversations that they end.
 fn policies(stack: &Stack) -> Vec<(&'static str, &'static str, [String; 2], Ends)> {
     let pod = addresses_of_pod(&stack.pod);
     let outside = addresses_of_client(&stack.outside);
@@ -164,8 +164,8 @@ fn a_policy_of_the_node_ends_what_it_names_whoever_is_masqueraded() -> Result<()
     none_wrong("policies", &wrong)
 }
 
-/// The chain of a node that lets nothing through but what is begun by a client with an endpoint,
-/// and its answers.
+/// Returns the chain of a node that passes only conversations between a client and an endpoint,
+/// begun by the client.
 fn strict_chain(pairs: &[(String, Pair, Pair)]) -> String {
     let (mut counters, mut rules) = (String::new(), String::new());
     for (name, client, endpoint) in pairs {
@@ -189,14 +189,14 @@ fn strict_chain(pairs: &[(String, Pair, Pair)]) -> String {
     )
 }
 
-/// Whether client and endpoint are ports of one bridge and the client is not masqueraded. The
-/// answers do not meet a netfilter that does not see the bridge: that is why kube-proxy asks for
-/// `bridge-nf-call-iptables`.
+/// Reports whether client and endpoint are ports of one bridge and the client is not masqueraded.
+/// The answers do not pass netfilter if it does not see the bridge, which is why kube-proxy
+/// requires `bridge-nf-call-iptables`.
 fn stays_on_the_bridge(question: &Question<'_>) -> bool {
     question.client.name() == "pod" && question.name == "near" && question.to.port() < 30_000
 }
 
-/// Every client at every frontend, under the strict chain.
+/// Tests every client at every frontend under the strict chain.
 fn only_real_addresses_pass(
     stack: &mut Stack,
     proxy: Proxy,
@@ -226,7 +226,7 @@ fn only_real_addresses_pass(
         if is_bridged && proxy == Proxy::Netfilter && mode.cluster_ips != ClusterIps::All {
             questions.retain(|question| !stays_on_the_bridge(question));
         }
-        // Its counters begin anew.
+        // Its counters start at zero.
         replace_table(&stack.node, "strict", &strict_chain(&pairs))?;
         // Few packets first, then many: these may displace others where a process carries an
         // overlay's packets.
@@ -317,14 +317,14 @@ fn the_stack_sees_client_and_endpoint_over_a_tunnel_without_link_headers() -> Re
     unless_unsupported(the_stack_sees_client_and_endpoint("sees-tun", Overlay::Tun, Cni::Routed))
 }
 
-/// A further choice of flags: no client is known to be a pod of this node.
+/// Another choice of flags: no client is known to be a pod of this node.
 const NOBODY_LOCAL: Mode = Mode {
     name: "--detect-local=none",
     args: &["--detect-local=none"],
     cluster_ips: ClusterIps::Kept,
 };
 
-/// Every client at every frontend, of a node whose pods are ports of one bridge.
+/// Tests every client at every frontend of a node whose pods are ports of one bridge.
 fn all_are_served(
     stack: &mut Stack,
     proxy: Proxy,

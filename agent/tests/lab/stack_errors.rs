@@ -1,5 +1,5 @@
-//! ICMP errors to and from masqueraded clients, and a client that opens a connection again that it
-//! has forgotten.
+//! ICMP errors to and from masqueraded clients, and a client that reopens a connection that it has
+//! forgotten.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -20,8 +20,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 const NARROW: u32 = 1_300;
 const NARROW_AT_THE_ENDPOINT: u32 = 1_400;
 
-/// What an ICMP error in a frame quotes: type and code, whom it went to, and the quoted packet's
-/// source and destination.
+/// Returns the content of an ICMP error in a frame: type and code, the receiver, and the quoted
+/// packet's source and destination.
 fn quoted(frame: &[u8]) -> Option<([u8; 2], IpAddr, SocketAddr, SocketAddr)> {
     let word = |at: usize| Some(u16::from_be_bytes(frame.get(at..at + 2)?.try_into().ok()?));
     let v4 = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(frame.get(at..at + 4)?).ok()?));
@@ -45,7 +45,8 @@ fn port_unreachable(address: IpAddr) -> [u8; 2] {
     if address.is_ipv4() { [3, 3] } else { [1, 4] }
 }
 
-/// One datagram of a connected socket to a frontend whose endpoint does not listen: refused.
+/// Sends a datagram of a connected socket to a frontend whose endpoint does not listen: it is
+/// refused.
 fn a_closed_port_is_told(client: &Namespace, to: SocketAddr) -> Result<Option<String>> {
     let to = to.to_string();
     let events =
@@ -56,7 +57,8 @@ fn a_closed_port_is_told(client: &Namespace, to: SocketAddr) -> Result<Option<St
     Ok((!is_told).then(|| format!("{to}: nobody listens, and the client hears {events:?}")))
 }
 
-/// A client that does not listen any more says so to the endpoint, in its own words.
+/// Checks that the endpoint receives the ICMP error of a client that no longer listens, about the
+/// packet that the endpoint sent.
 fn a_closed_client_is_told(
     stack: &Stack,
     to: SocketAddr,
@@ -86,14 +88,14 @@ fn a_closed_client_is_told(
     Ok((!is_right).then(|| format!("{to}: the error to {destination} quotes a packet of {source}")))
 }
 
-/// A datagram that is too large for the way behind the node: the client's kernel learns it, and
-/// what fits is answered.
+/// Sends a datagram that is too large for the path behind the node: the client's kernel learns the
+/// MTU, and a datagram that fits is answered.
 fn a_narrow_way_to_the_endpoint_is_told(
     client: &Namespace,
     to: SocketAddr,
 ) -> Result<Option<String>> {
     let text = to.to_string();
-    // Not answered: as long an answer does not fit either.
+    // It is not answered, since an answer of that length does not fit either.
     let _ = client.ask([
         "udp-client",
         "--count=1",
@@ -155,7 +157,7 @@ fn errors_go_both_ways(
     let what = format!("{proxy:?} {}", mode.name);
     let mut wrong = Vec::new();
     let flush = |stack: &Stack| -> Result<()> {
-        // What earlier rounds have learned of the ways.
+        // Removes the MTUs that earlier rounds have learned.
         for namespace in [&*stack.outside, &stack.near, &stack.far] {
             for family in ["-4", "-6"] {
                 let _ = namespace.run("ip", [family, "route", "flush", "cache"])?;
@@ -216,7 +218,7 @@ fn errors_reach_masqueraded_clients_and_their_endpoints() -> Result<()> {
         return Ok(());
     }
     let mut stack = Stack::new("errors", Overlay::None, &NodeOptions::default())?;
-    // The same endpoints, and pods beside them where nobody listens.
+    // The same endpoints, and next to them pods on which nobody listens.
     let (near, far) = (stack.node.pod("near-closed")?, stack.other.pod("far-closed")?);
     let closed = [Target::of_pod("near-closed", 12, &near), Target::of_pod("far-closed", 22, &far)];
     for target in &closed {
@@ -225,7 +227,7 @@ fn errors_reach_masqueraded_clients_and_their_endpoints() -> Result<()> {
     }
     for proxy in [Proxy::Netfilter, Proxy::Sluice] {
         let mut wrong = Vec::new();
-        // Nobody, clients of far endpoints, all: who is masqueraded.
+        // The modes masquerade nobody, the clients of far endpoints, or all.
         let modes = if proxy == Proxy::Netfilter {
             vec![&MODES[0]]
         } else {
@@ -239,8 +241,8 @@ fn errors_reach_masqueraded_clients_and_their_endpoints() -> Result<()> {
     Ok(())
 }
 
-/// Opens a connection from a port and forgets it, as a machine does that loses its power: nothing
-/// is sent.
+/// Opens a connection from a port and forgets it without sending anything, as a machine does that
+/// loses its power.
 fn open_and_forget(client: &Namespace, port: u16, to: SocketAddr) -> Result<()> {
     let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0u16; 8].into() };
     client.enter(|| -> Result<()> {
@@ -249,12 +251,12 @@ fn open_and_forget(client: &Namespace, port: u16, to: SocketAddr) -> Result<()> 
         socket.bind(&SocketAddr::new(any, port).into())?;
         socket.connect_timeout(&to.into(), SOON)?;
         socket.set_read_timeout(Some(SOON))?;
-        // Both ends have spoken: nothing about it is a guess.
+        // Both ends have sent, so nothing about it is a guess.
         for line in [b"1\n", b"2\n"] {
             let _ = socket.send(line)?;
             let _ = socket.recv(&mut [std::mem::MaybeUninit::uninit(); 256])?;
         }
-        // It ends with a reset, which the rule below keeps.
+        // It ends with a reset, which the rule below drops.
         socket.set_linger(Some(Duration::ZERO))?;
         drop(socket);
         Ok(())
@@ -302,7 +304,7 @@ fn a_client_opens_a_connection_again_that_it_has_forgotten() -> Result<()> {
         return Ok(());
     }
     let mut stack = Stack::new("forgotten", Overlay::None, &NodeOptions::default())?;
-    // What XDP may finish has whole checksums.
+    // Packets that XDP may finish have whole checksums.
     stack.outside.offload("eth0", "tx", false)?;
     stack.node.uplink_peer_full_checksums()?;
     let number = stack.targets[NEAR].number;

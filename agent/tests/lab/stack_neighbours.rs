@@ -1,4 +1,4 @@
-//! Conversations beside each other: of a pod with itself, with an endpoint directly and through its
+//! Simultaneous conversations: of a pod with itself, with an endpoint directly and through its
 //! Service, and with a node whose address is not on the device of the default route.
 
 use std::net::SocketAddr;
@@ -14,11 +14,11 @@ use crate::support::{
 use anyhow::{Context, Result, ensure};
 use sluice_lab::{Cni, Event, LoadClients, LoadSize, Namespace, NodeOptions, Overlay, RpFilter};
 
-/// Connections that stay: to an endpoint directly, and as many through its Service, of both
-/// families together.
+/// Number of connections that stay: to an endpoint directly, and as many through its Service, of
+/// both families together.
 const HELD: u32 = 1_000;
-/// As few ports as make the two meet at each. Every round has its own: who closes a connection
-/// keeps its port for a minute.
+/// A number of ports so small that the two meet at each. Every round has its own, because the side
+/// that closes a connection keeps its port for a minute.
 const FEW_PORTS: u16 = 1_000;
 
 #[test]
@@ -119,7 +119,7 @@ fn one_port_asks_a_frontend_and_the_endpoint_itself() -> Result<()> {
     Ok(())
 }
 
-/// How many ports of a pod's addresses are the source of more than one connection.
+/// Returns how many ports of a pod's addresses are the source of more than one connection.
 fn shared_ports(pod: &Namespace) -> Result<usize> {
     let listed = pod.run("ss", ["-H", "-t", "-n"])?;
     let mut all: Vec<&str> =
@@ -130,7 +130,7 @@ fn shared_ports(pod: &Namespace) -> Result<usize> {
     Ok(connections - all.len())
 }
 
-/// A pod's connections to an endpoint and to its Service, all at once.
+/// Opens a pod's connections to an endpoint and to its Service, all at once.
 fn direct_connections_live(
     stack: &mut Stack,
     proxy: Proxy,

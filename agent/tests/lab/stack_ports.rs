@@ -19,7 +19,7 @@ use sluice_lab::{Event, LoadClients, LoadSize, Namespace, NodeOptions, Overlay, 
 
 /// Numbers that are node ports, each for TCP and for UDP.
 const NODE_PORTS: Range<u16> = 30_000..30_300;
-/// Where netfilter and the host take the ports of what leaves from: a third of them are node ports.
+/// The range from which netfilter and the host take source ports: a third of them are node ports.
 const TAKEN: [u16; 2] = [30_000, 30_899];
 /// Connections, and questions, that leave from such ports, in each family.
 const CONNECTIONS: u32 = 300;

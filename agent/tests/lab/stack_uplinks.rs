@@ -12,7 +12,7 @@ use sluice_lab::{NodeOptions, Overlay, RpFilter};
 /// The node's addresses on its second uplink, and the router's.
 const SECOND: [&str; 2] = ["192.0.3.11", "2001:db8:0:3::11"];
 const SECOND_GATEWAY: [&str; 2] = ["192.0.3.1", "2001:db8:0:3::1"];
-/// What has come in by the first uplink leaves by it.
+/// The mark of what has come in by the first uplink, and leaves by it.
 const MARK: &str = "0x80";
 
 /// Gives the node a second uplink, by which everything from the endpoint's address leaves, and the
@@ -75,7 +75,7 @@ fn foreign(stack: &Stack) -> Result<u64> {
     counters.get("foreign").copied().context("no counter")
 }
 
-/// A client outside asks at node ports of the first uplink.
+/// Sends requests of a client outside to node ports of the first uplink.
 fn answers_leave_as_questions_came(
     stack: &mut Stack,
     proxy: Proxy,

@@ -1,4 +1,4 @@
-//! What the lab tests share: a cluster with an agent on every node, and questions to it.
+//! Shared code of the lab tests: a cluster with an agent on every node, and requests to it.
 
 #[path = "../../../common/tests/packets/frame.rs"]
 #[allow(dead_code, reason = "the lab builds a part of what it can")]
@@ -60,12 +60,12 @@ pub(crate) fn external_ip(number: u8) -> Pair {
 /// The first addresses: those of the service `web`.
 pub(crate) const WEB: u8 = 10;
 
-/// Says why and is true where lab tests cannot run and are to be skipped.
+/// Reports whether lab tests cannot run here and are to be skipped, and prints the reason.
 pub(crate) fn skip(test: &str) -> bool {
     !sluice_lab::is_root() && sluice_lab::skipped(&format!("{test}: network namespaces need root"))
 }
 
-/// Ends a test quietly where the kernel lacks what its lab needs; other errors go on.
+/// Ends a test successfully if the kernel lacks what its lab needs. Other errors are passed on.
 pub(crate) fn unless_unsupported(built: Result<()>) -> Result<()> {
     match built {
         Err(error) if error.downcast_ref::<Unsupported>().is_some() => {
@@ -76,7 +76,7 @@ pub(crate) fn unless_unsupported(built: Result<()>) -> Result<()> {
     }
 }
 
-/// What a cluster is built of.
+/// The components of a cluster.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     pub(crate) overlay: Overlay,
@@ -114,7 +114,7 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// Builds it and waits until its agents are ready.
+    /// Builds the cluster and waits until its agents are ready.
     pub(crate) fn new(name: &str, plan: &Plan) -> Result<Self> {
         let started = Instant::now();
         let mut cluster = Self::without_agents(name, plan)?;
@@ -124,7 +124,7 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// Builds it, agents left out.
+    /// Builds the cluster without agents.
     pub(crate) fn without_agents(name: &str, plan: &Plan) -> Result<Self> {
         let lab = Lab::with_overlay(name, plan.overlay)?;
         let mut nodes = vec![lab.node("n1", &plan.node)?];
@@ -194,28 +194,28 @@ impl Cluster {
         Ok(())
     }
 
-    /// The service `web` with all its backends.
+    /// Returns the service `web` with all its backends.
     pub(crate) fn web(&self) -> Service {
         service("web", WEB).backends(&self.backends)
     }
 
-    /// The node that clients are on.
+    /// Returns the node that clients are on.
     pub(crate) fn node(&self) -> &Node {
         &self.nodes[0]
     }
 
-    /// The names of all backends.
+    /// Returns the names of all backends.
     pub(crate) fn names(&self) -> Vec<&str> {
         self.backends.iter().map(|pod| pod.name()).collect()
     }
 
-    /// The agent of the node that clients are on.
+    /// Returns the agent of the node that clients are on.
     pub(crate) fn agent(&mut self) -> &mut AgentProcess {
         &mut self.agents[0]
     }
 }
 
-/// A cluster under load: from a pod and from outside packet by packet, from the host by its
+/// Builds a cluster under load: from a pod and from outside packet by packet, from the host by its
 /// sockets' calls.
 pub(crate) fn under_load(
     name: &str,
@@ -229,7 +229,7 @@ pub(crate) fn under_load(
     Ok((cluster, load))
 }
 
-/// A load on a cluster's service `web`, by both families.
+/// Starts a load on a cluster's service `web`, by both families.
 pub(crate) fn load_of(cluster: &Cluster, size: LoadSize) -> Result<LoadClients> {
     let echo = |vips: Pair| vips.map(|vip| SocketAddr::new(vip, ECHO)).to_vec();
     let places: [(&Namespace, _); 3] = [
@@ -246,7 +246,7 @@ pub(crate) fn route_to(lab: &Lab, address: IpAddr, node: &Node) -> Result<()> {
     lab.router().route(&format!("{address}/{length}"), &[node])
 }
 
-/// A service as `web` is, with the addresses of a number, without backends.
+/// Returns a service like `web` with the addresses of a number, without backends.
 pub(crate) fn service(name: &str, number: u8) -> Service {
     let [cluster4, cluster6] = cluster_ip(number);
     let [external4, external6] = external_ip(number);
@@ -261,7 +261,7 @@ pub(crate) fn service(name: &str, number: u8) -> Service {
         .port(Port::tcp("stream", STREAM, STREAM_TARGET))
 }
 
-/// A process of a node as a backend: on the host network.
+/// Returns a process of a node as a backend: on the host network.
 pub(crate) fn on_host(node: &Node) -> Backend {
     Backend::new(node.name(), node.name(), [node.ipv4().into(), node.ipv6().into()])
 }
@@ -270,7 +270,8 @@ pub(crate) fn url(address: IpAddr, port: u16, path: &str) -> String {
     format!("http://{}/{path}", SocketAddr::new(address, port))
 }
 
-/// The answers came from these backends, all of them and no others, and as from this address.
+/// Checks that the answers came from exactly these backends, all of them, and with this source
+/// address.
 pub(crate) fn all_answer(
     what: &str,
     replies: &[Reply],
@@ -289,11 +290,11 @@ pub(crate) fn all_answer(
     Ok(())
 }
 
-/// Lets a namespace take its next ports from a range that it has not used lately: none then meets a
-/// flow of an earlier round in the maps. What happens when ports meet has tests of its own. All lie
+/// Lets a namespace take its next ports from a range that it has not used lately, so that none
+/// belongs to a flow of an earlier round in the maps. Other tests cover ports that clash. All lie
 /// below those of masqueraded clients: the next agent would reserve what it finds of these.
 pub(crate) fn take_fresh_ports(client: &Namespace) -> Result<()> {
-    // Of each namespace: one that others have used is as fresh as any.
+    // The range is per namespace: one that others have used is as good as any.
     static ROUNDS: Mutex<BTreeMap<PathBuf, u16>> = Mutex::new(BTreeMap::new());
     let round = {
         let mut rounds = ROUNDS.lock().unwrap_or_else(PoisonError::into_inner);
@@ -305,8 +306,8 @@ pub(crate) fn take_fresh_ports(client: &Namespace) -> Result<()> {
     client.sysctl("net/ipv4/ip_local_port_range", &format!("{first} {}", first + 999))
 }
 
-/// A client reaches all backends by TCP, UDP and connected UDP at the addresses of both families,
-/// which see it with the address `own` of the family, if one is given.
+/// Checks that a client reaches all backends by TCP, UDP and connected UDP at the addresses of both
+/// families. The backends see it with the address `own` of the family, if one is given.
 pub(crate) fn reaches(
     client: &Namespace,
     vips: Pair,
@@ -349,7 +350,7 @@ pub(crate) fn addresses_of_client(client: &Client) -> Pair {
     [client.ipv4().into(), client.ipv6().into()]
 }
 
-/// A transfer of so many bytes arrives whole.
+/// Checks that a transfer of this many bytes arrives whole.
 pub(crate) fn transfers(client: &Namespace, vip: IpAddr, bytes: u64) -> Result<()> {
     let what = format!("{} reads {bytes} bytes from {vip}", client.name());
     let events = client
@@ -359,7 +360,7 @@ pub(crate) fn transfers(client: &Namespace, vip: IpAddr, bytes: u64) -> Result<(
     Ok(())
 }
 
-/// The bytes that a client that is done says it received.
+/// Returns the number of bytes that a client reports at its end.
 pub(crate) fn received(events: &[Event]) -> Option<u64> {
     events.iter().find_map(|event| match event {
         Event::Done { bytes, .. } => Some(*bytes),
@@ -372,7 +373,7 @@ pub(crate) fn received(events: &[Event]) -> Option<u64> {
     })
 }
 
-/// The answers among events; none may be lost.
+/// Returns the answers among events; none may be lost.
 pub(crate) fn replies(events: Vec<Event>) -> Result<Vec<Reply>> {
     let mut replies = Vec::new();
     for event in events {
@@ -388,31 +389,42 @@ pub(crate) fn replies(events: Vec<Event>) -> Result<Vec<Reply>> {
     Ok(replies)
 }
 
-/// What `sluice status -o json` says, ready or not.
+/// Returns the output of `sluice status -o json`, whether or not the agent is ready.
 pub(crate) fn status(node: &Node) -> Result<Value> {
     let output = node.sluice_output(&["status", "-o", "json"])?;
-    serde_json::from_slice(&output.stdout).with_context(|| {
+    let status = serde_json::from_slice(&output.stdout).with_context(|| {
         format!("`sluice status` said {}", String::from_utf8_lossy(&output.stderr))
-    })
+    })?;
+    follows_the_schema(&status)?;
+    Ok(status)
 }
 
-/// What a subcommand with `-o json` lists.
+/// Fails if an answer is not as docs/schema.json says.
+pub(crate) fn follows_the_schema(answer: &Value) -> Result<()> {
+    sluice_lab::schema::check(&sluice::tools::api::schema(), answer).map_err(anyhow::Error::msg)
+}
+
+/// Returns the list that a subcommand prints with `-o json`.
 pub(crate) fn listed(node: &Node, args: &[&str]) -> Result<Vec<Value>> {
     let args: Vec<&str> = args.iter().copied().chain(["-o", "json"]).collect();
-    serde_json::from_str(&node.sluice(&args)?).with_context(|| format!("sluice {}", args.join(" ")))
+    let context = || format!("sluice {}", args.join(" "));
+    let mut list: Value = serde_json::from_str(&node.sluice(&args)?).with_context(context)?;
+    follows_the_schema(&list).with_context(context)?;
+    let items = list.get_mut("items").and_then(Value::as_array_mut).map(std::mem::take);
+    items.with_context(context)
 }
 
-/// A word of a JSON object.
+/// Returns a word of a JSON object.
 pub(crate) fn word<'a>(value: &'a Value, field: &str) -> &'a str {
     value.get(field).and_then(Value::as_str).unwrap_or_default()
 }
 
-/// A number of a JSON object.
+/// Returns a number of a JSON object.
 pub(crate) fn number(value: &Value, field: &str) -> u64 {
     value.get(field).and_then(Value::as_u64).unwrap_or_default()
 }
 
-/// What was counted for a service: the sum over its backends.
+/// The counters of a service, summed over its backends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counted {
     pub(crate) flows: u64,
@@ -432,7 +444,8 @@ pub(crate) fn counted(node: &Node, service: &str) -> Result<Counted> {
     Ok(sum)
 }
 
-/// Whether so many flows were counted: a few clients take a port again that a flow is known of.
+/// Reports whether so many flows were counted: a few clients take a port again that a flow is known
+/// of.
 pub(crate) fn are_nearly(flows: u64, count: u32) -> bool {
     flows <= u64::from(count) && flows + 5 + u64::from(count) / 20 >= u64::from(count)
 }
@@ -456,7 +469,7 @@ pub(crate) fn reasons(node: &Node) -> Result<BTreeMap<String, u64>> {
     Ok(all.iter().map(|row| (word(row, "reason").to_owned(), number(row, "packets"))).collect())
 }
 
-/// Where a map of a node's agent is pinned.
+/// Returns the path at which a map of a node's agent is pinned.
 pub(crate) fn pinned(node: &Node, map: &str) -> Result<PathBuf> {
     let pins = node.pin_path();
     let layouts = std::fs::read_dir(&pins).with_context(|| pins.display().to_string())?;
@@ -467,13 +480,13 @@ pub(crate) fn pinned(node: &Node, map: &str) -> Result<PathBuf> {
         .with_context(|| format!("{map} is not pinned below {}", pins.display()))
 }
 
-/// Deletes every entry of a map, and tells how many there were.
+/// Deletes every entry of a map, and returns their number.
 pub(crate) fn flush(node: &Node, map: &str) -> Result<usize> {
     change(node, map, "delete", &[])
 }
 
-/// Makes every entry of a map whose values are times as old as the machine, and tells how many
-/// there were.
+/// Makes every entry of a map whose values are times as old as the machine, and returns their
+/// number.
 pub(crate) fn age(node: &Node, map: &str) -> Result<usize> {
     change(node, map, "update", &["value", "0", "0", "0", "0"])
 }
@@ -486,13 +499,13 @@ fn change(node: &Node, map: &str, how: &str, value: &[&str]) -> Result<usize> {
         let key = entry.get("key").and_then(Value::as_array).context("an entry without a key")?;
         let mut args = vec!["map", how, "pinned", &path, "key"];
         args.extend(key.iter().filter_map(Value::as_str).chain(value.iter().copied()));
-        // Another may have been quicker.
+        // Another process may have been quicker.
         let _ = node.output("bpftool", args)?;
     }
     Ok(entries.len())
 }
 
-/// Asks again and again until there is an answer.
+/// Repeats a request until there is an answer.
 ///
 /// # Errors
 /// If there is none within [`SOON`], or asking fails.
@@ -512,12 +525,12 @@ pub(crate) fn until_within<T>(
             return Ok(answer);
         }
         ensure!(Instant::now() < deadline, "waited {time:?} in vain: {what}");
-        // Most questions are processes, which other tests pay for.
+        // Most requests start processes, which slow other tests down.
         sleep(Duration::from_millis(50));
     }
 }
 
-/// Waits until a service has so many serving backends in each of its ports and families.
+/// Waits until a service has this many serving backends in each of its ports and families.
 pub(crate) fn until_backends(node: &Node, service: &str, count: usize) -> Result<()> {
     until(&format!("{service} with {count} backends on {}", node.name()), || {
         let rows = listed(node, &["services"])?;
@@ -527,8 +540,9 @@ pub(crate) fn until_backends(node: &Node, service: &str, count: usize) -> Result
     })
 }
 
-/// A client is answered however its socket is: `count` times by each of the ways, a name and the
-/// arguments of a client; who answered at each of the ports (TCP, UDP).
+/// Checks that a client is answered whatever kind of socket it uses, `count` times by each of the
+/// ways, which are a name and the client's arguments. Returns who answered at each of the ports
+/// (TCP, UDP).
 pub(crate) fn asks_by(
     client: &Namespace,
     ways: &[(&str, &[&str])],

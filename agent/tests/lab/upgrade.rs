@@ -1,5 +1,5 @@
-//! An agent of another version takes over, forth and back, and one that cannot start leaves the
-//! other one's work alone; all of it under load.
+//! Agents of another version take over, and those that cannot start leave their predecessor's work
+//! alone; all of it under load.
 //!
 //! The other version is `sluice` with another layout of the maps (feature `next-layout`), in
 //! `SLUICE_NEXT_BIN`.
@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use sluice_lab::{Counter, LoadClients, LoadSize, Node, Side};
 
-/// The agent of the next layout, where it has been built.
+/// Returns the agent of the next layout, if it has been built.
 fn next(test: &str) -> Option<PathBuf> {
     if skip(test) {
         return None;
@@ -28,7 +28,7 @@ fn next(test: &str) -> Option<PathBuf> {
     found
 }
 
-/// Puts an agent in the place of the one that runs, as a DaemonSet does.
+/// Replaces the running agent by another one, as a DaemonSet does.
 fn replace(cluster: &mut Cluster, program: Option<&PathBuf>, args: &[&str]) -> Result<()> {
     cluster.agent().options().program = program.cloned();
     cluster.agent().options().args =
@@ -37,7 +37,7 @@ fn replace(cluster: &mut Cluster, program: Option<&PathBuf>, args: &[&str]) -> R
     cluster.agent().wait_ready(6 * SOON)
 }
 
-/// The layouts that have something under a node's pin path.
+/// Returns the layouts that have something under a node's pin path.
 fn layouts(node: &Node) -> Result<Vec<String>> {
     let entries = std::fs::read_dir(node.pin_path()).context("no pins")?;
     let mut names: Vec<String> =
@@ -46,17 +46,17 @@ fn layouts(node: &Node) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Entries in a map of a layout.
+/// Returns the number of entries in a map of a layout.
 fn entries(node: &Node, layout: &str, map: &str) -> Result<usize> {
     let path = node.pin_path().join(layout).join("maps").join(map);
     let dump = node.run("bpftool", ["-j", "map", "dump", "pinned", &path.display().to_string()])?;
     Ok(serde_json::from_str::<Vec<Value>>(&dump).with_context(|| dump.clone())?.len())
 }
 
-/// Connections of the load that open and end: so many are proven at a time, more or less.
+/// Connections of the load that open and end: about this many are proven at a time.
 const SHORT: usize = 8;
 
-/// The fewest entries that a layout's `flows_v4` has in a second.
+/// Returns the fewest entries that a layout's `flows_v4` has in a second.
 fn fewest(node: &Node, layout: &str) -> Result<usize> {
     let mut fewest = entries(node, layout, "flows_v4")?;
     for _ in 0..4 {
@@ -67,7 +67,7 @@ fn fewest(node: &Node, layout: &str) -> Result<usize> {
 }
 
 fn unharmed(load: &mut LoadClients, when: &str) -> Result<()> {
-    // What was sent again is told and no failure: a busy machine is late as well.
+    // Retransmissions are printed and are no failure: a busy machine is late as well.
     println!("{when}: {:?}", load.unharmed(when)?);
     Ok(())
 }
@@ -76,7 +76,7 @@ fn up_and_down(name: &str, next: &PathBuf, filters: bool) -> Result<()> {
     let size = LoadSize::of_this_run();
     let mut cluster = Cluster::without_agents(name, &Plan::default())?;
     if filters {
-        // Behind somebody else's filter ours is one too: what kernels without TCX have everywhere.
+        // Behind another program's filter ours is a filter too, as on all kernels without TCX.
         foreign_filters(&cluster)?;
     }
     cluster.start_agents(&["--socket-path=host"])?;
@@ -91,7 +91,7 @@ fn up_and_down(name: &str, next: &PathBuf, filters: bool) -> Result<()> {
     ensure!(hooks(&node)? == filters, "{}", status(&node)?);
     let mut load = load_of(&cluster, size)?;
     ensure!(layouts(&node)? == ["v3"], "{:?}", layouts(&node)?);
-    // Connections that say nothing meanwhile are not made anew by what they send: their entries
+    // Connections that send nothing meanwhile are not recovered by their packets: their entries
     // have to be moved.
     let idle = fewest(&node, "v3")?;
     let ids = |node: &Node| -> Result<Vec<u64>> {
@@ -127,7 +127,7 @@ fn up_and_down(name: &str, next: &PathBuf, filters: bool) -> Result<()> {
     let flows: Value = listed(&node, &["flows", "--limit", "5000"])?.into();
     ensure!(flows.as_array().is_some_and(|rows| rows.len() >= idle / 2), "{flows}");
 
-    // It can be killed there, and come back, and the upgrade can still go on or be taken back.
+    // It can be killed there and come back, and the upgrade can still go on or be taken back.
     cluster.agent().kill9()?;
     cluster.agent().restart()?;
     cluster.agent().wait_ready(6 * SOON)?;
@@ -142,7 +142,7 @@ fn up_and_down(name: &str, next: &PathBuf, filters: bool) -> Result<()> {
     unharmed(&mut load, "when a backend left")
 }
 
-/// Somebody else's filter at every egress of a node.
+/// Adds another program's filter at every egress of a node.
 fn foreign_filters(cluster: &Cluster) -> Result<()> {
     let node = cluster.node();
     let pin = node.bpffs().join("foreign");
@@ -176,7 +176,7 @@ fn an_upgrade_that_is_killed_again_and_again_breaks_nothing() -> Result<()> {
     let (mut cluster, mut load) =
         under_load("layouts-kill", &Plan::default(), LoadSize::of_this_run())?;
     let node = cluster.node().clone();
-    // At other moments each time, until one has got through.
+    // It is killed at another moment each time, until one attempt succeeds.
     for (round, tenths) in [4, 10, 16].into_iter().enumerate() {
         cluster.agent().kill9()?;
         cluster.agent().options().program = Some(next.clone());
@@ -187,8 +187,8 @@ fn an_upgrade_that_is_killed_again_and_again_breaks_nothing() -> Result<()> {
     cluster.agent().wait_ready(6 * SOON)?;
     unharmed(&mut load, "when the upgrade was killed again and again")?;
     ensure!(layouts(&node)? == ["v4"], "{:?}", layouts(&node)?);
-    // Without preparation an older version starts with maps of its own; what is open is found again
-    // by what clients send.
+    // Without preparation an older version starts with maps of its own, and open connections are
+    // recovered by what clients send.
     cluster.agent().options().program = None;
     cluster.agent().restart()?;
     cluster.agent().wait_ready(6 * SOON)?;
@@ -203,7 +203,7 @@ fn an_agent_that_cannot_start_leaves_the_one_before_serving() -> Result<()> {
     let (mut cluster, mut load) =
         under_load("no-start", &Plan::default(), LoadSize::of_this_run())?;
     let node = cluster.node().clone();
-    // Broken in ways that are found one after the other.
+    // The agents are broken in ways that are found one after the other.
     let broken = broken_agents(&cluster, &next)?;
     cluster.agent().stop()?;
     for (what, program, args, expected) in broken {
@@ -219,7 +219,7 @@ fn an_agent_that_cannot_start_leaves_the_one_before_serving() -> Result<()> {
         let _ = load.unharmed(what)?;
         ensure!(layouts(&node)?.contains(&"v3".to_owned()), "{what}: {:?}", layouts(&node)?);
     }
-    // And the one before comes back as if nothing had been.
+    // The predecessor comes back as if nothing had happened.
     replace(&mut cluster, None, &[])?;
     println!("{:?}", load.unharmed("when the one before was back")?);
     ensure!(layouts(&node)? == ["v3"], "{:?}", layouts(&node)?);
@@ -282,7 +282,7 @@ fn broken_agents(cluster: &Cluster, next: &PathBuf) -> Result<Vec<Broken>> {
     ])
 }
 
-/// Where the object begins in an agent's file: an ELF file for BPF (machine 247).
+/// Returns the offset of the object in an agent's file: an ELF file for BPF (machine 247).
 fn object_at(bytes: &[u8]) -> Result<usize> {
     let found = bytes
         .windows(20)
@@ -290,7 +290,7 @@ fn object_at(bytes: &[u8]) -> Result<usize> {
     found.context("no BPF object in the agent")
 }
 
-/// The sections of an ELF file that hold the programs' instructions: start and length.
+/// Returns the sections of an ELF file that hold the programs' instructions: start and length.
 fn programs_of(object: &[u8]) -> Result<Vec<(usize, usize)>> {
     let half =
         |at: usize| object.get(at..at + 2).and_then(|b| b.try_into().ok()).map(u16::from_le_bytes);

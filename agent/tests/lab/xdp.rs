@@ -10,7 +10,7 @@ use crate::support::{
 use anyhow::{Context, Result, bail, ensure};
 use sluice_lab::{Counter, Place, Side, Way};
 
-/// A cluster whose uplink has XDP in the driver.
+/// Returns a cluster whose uplink has XDP in the driver.
 fn cluster(name: &str, full_checksums: bool) -> Result<Cluster> {
     let mut cluster = Cluster::without_agents(name, &Plan { near: 2, ..Plan::default() })?;
     cluster.node().uplink_peer_xdp_pass()?;
@@ -26,7 +26,8 @@ fn cluster(name: &str, full_checksums: bool) -> Result<Cluster> {
     Ok(cluster)
 }
 
-/// Counts what comes in by the uplink before any program at tc: for the VIP, and for the backends.
+/// Counts the packets that come in by the uplink before any program at tc: those for the VIP, and
+/// those for the backends.
 struct Witness {
     vip: Counter,
     backends: Vec<Counter>,
@@ -47,7 +48,7 @@ impl Witness {
         })
     }
 
-    /// Packets that came to tc untranslated, and translated.
+    /// Returns the number of packets that reached tc untranslated, and translated.
     fn seen(&self) -> Result<(u64, u64)> {
         let translated: Vec<u64> =
             self.backends.iter().map(Counter::packets).collect::<Result<_>>()?;
@@ -101,7 +102,7 @@ fn xdp_leaves_partial_checksums_to_tc() -> Result<()> {
     let (untranslated, translated) = witness.seen()?;
     println!("at tc {untranslated} untranslated, {translated} translated");
     ensure!(untranslated > 5 * u64::from(ENOUGH), "{untranslated} packets came to tc untranslated");
-    // A reset has no offload: its checksum is full. Everything with data is partial.
+    // A reset has no offload, so its checksum is full. Every segment with data has a partial one.
     ensure!(
         translated < untranslated / 20,
         "XDP translated {translated} of {untranslated} packets"

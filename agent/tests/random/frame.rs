@@ -7,12 +7,12 @@ use sluice::tools::explain::{Endpoint, Question};
 use sluice_core::model::object::Protocol;
 
 const ETHERNET: usize = 14;
-/// What tc programs answer.
+/// A return value of tc programs.
 const NEXT: i32 = -1;
 const DROP: i32 = 2;
 const REDIRECT: i32 = 7;
 
-/// What a program did to a packet.
+/// The observed effect of a program on a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Seen {
     /// It goes on as it was.
@@ -27,8 +27,8 @@ pub(crate) enum Seen {
     },
 }
 
-/// The frame of a question, to a device with this hardware address. The mark, which no translation
-/// changes, is the sequence number or the payload.
+/// Returns the frame of a question, to a device with this hardware address. The mark, which no
+/// translation changes, is the sequence number or the payload.
 pub(crate) fn build(question: &Question, mac: [u8; 6], mark: u32) -> Vec<u8> {
     let (source, destination) = (question.source, question.destination);
     let tcp = question.protocol == Protocol::Tcp;
@@ -92,8 +92,7 @@ fn checksum(bytes: &[u8]) -> u16 {
     !(((sum & 0xffff) + (sum >> 16)) as u16)
 }
 
-/// Where a frame comes from and goes to: protocol, source, destination; of TCP, whether it is a
-/// reset.
+/// Returns a frame's protocol, source and destination, and for TCP whether it is a reset.
 pub(crate) fn tuple(frame: &[u8]) -> Option<(u8, SocketAddr, SocketAddr, bool)> {
     let packet = frame.get(ETHERNET..)?;
     let (protocol, source, destination, segment) = match frame.get(12..14)? {
@@ -120,7 +119,7 @@ pub(crate) fn tuple(frame: &[u8]) -> Option<(u8, SocketAddr, SocketAddr, bool)> 
     ))
 }
 
-/// The mark of a frame that [`build`] made, wherever it is seen.
+/// Returns the mark of a frame that [`build`] made, wherever it is seen.
 pub(crate) fn mark(frame: &[u8]) -> Option<u32> {
     let (protocol, ..) = tuple(frame)?;
     let segment = frame.get(ETHERNET + if frame.get(12)? == &0x08 { 20 } else { 40 }..)?;
@@ -147,7 +146,7 @@ pub(crate) fn refused(frame: &[u8]) -> Option<(u8, SocketAddr)> {
     Some((protocol, client))
 }
 
-/// What became of a question's packet.
+/// Returns the fate of a question's packet.
 pub(crate) fn seen(question: &Question, action: i32, frame: &[u8]) -> Result<Seen> {
     if action == DROP {
         return Ok(Seen::Drop);

@@ -37,7 +37,7 @@ impl Dice {
     }
 }
 
-/// A number that an environment variable gives.
+/// Returns a number that an environment variable gives.
 pub(crate) fn number_from(variable: &str) -> Result<Option<u64>> {
     let Some(text) = std::env::var_os(variable) else { return Ok(None) };
     let number = text.to_str().and_then(|text| text.parse().ok());

@@ -23,7 +23,7 @@ pub(crate) struct Ground {
     pub(crate) other: [IpAddr; 2],
 }
 
-/// An address of a family, from the host part.
+/// Returns an address of a family, from the host part.
 fn address(v4: bool, network: [u16; 2], host: u16) -> IpAddr {
     let [low, high] = network;
     if v4 {
@@ -48,7 +48,7 @@ const PODS: [[u16; 2]; 2] = [network(10, 244, 1), network(10, 244, 2)];
 const FIRST_ENDPOINT: u16 = 64;
 const FIRST_CLIENT: u16 = 128;
 
-/// What leads to the pods of a node, its endpoints and its clients: prefixes.
+/// Returns the networks of a node's pods, its endpoints and its clients.
 pub(crate) fn pods(ours: bool) -> [String; 3] {
     let pods = PODS[usize::from(!ours)];
     let [endpoints, clients] =
@@ -282,7 +282,7 @@ impl Scene {
         self.document(&text);
     }
 
-    /// Where a packet may go: mostly to a frontend, sometimes past one.
+    /// Returns a random destination: mostly a frontend, sometimes an address or port next to one.
     pub(crate) fn destination(&self, dice: &mut Dice, ground: &Ground) -> (Protocol, SocketAddr) {
         let (protocol, at) = dice.pick(&self.frontends);
         let v4 = at.is_ipv4();
@@ -306,7 +306,7 @@ impl Scene {
         }
     }
 
-    /// Whether an address is on our node's side of the uplink.
+    /// Reports whether an address is on our node's side of the uplink.
     pub(crate) fn is_near(&self, ip: IpAddr) -> bool {
         let prefix = match ip {
             IpAddr::V4(ip) => ip.octets()[..3] == [10, 244, 1],
@@ -315,17 +315,17 @@ impl Scene {
         prefix && self.endpoints.contains(&ip)
     }
 
-    /// Whether some Service keeps its clients with one backend.
+    /// Reports whether some Service keeps its clients with one backend.
     pub(crate) fn is_affine(&self) -> bool {
         self.affine
     }
 
-    /// Whether an endpoint there is left out: it is a frontend of some Service.
+    /// Reports whether an endpoint there is left out: it is a frontend of some Service.
     pub(crate) fn is_frontend(&self, protocol: Protocol, at: SocketAddr) -> bool {
         self.frontends.contains(&(protocol, at))
     }
 
-    /// A packet by its tuple; [`None`] where such a client sends none.
+    /// Returns a packet by its tuple; [`None`] where such a client sends none.
     pub(crate) fn question(&self, dice: &mut Dice, ground: &Ground) -> Option<Question> {
         let (protocol, destination) = self.destination(dice, ground);
         let v4 = destination.is_ipv4();

@@ -21,12 +21,13 @@ use sluice_common::abi::{Ipv4Address, RejectBucket, Tuple, phase};
 use sluice_core::model::object::Protocol;
 
 /// Runs the binary in a folder.
-fn sluice(folder: &Path, words: &[&str]) -> Output {
+pub(crate) fn sluice(folder: &Path, words: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_sluice"))
         .args(words)
         .current_dir(folder)
         .env_remove("NODE_NAME")
         .env_remove("SLUICE_PIN_PATH")
+        .env_remove("COLUMNS")
         .output()
         .expect("the binary runs")
 }
@@ -40,10 +41,17 @@ fn ask(folder: &Path, words: &str) -> (i32, Value) {
     let answer = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
         panic!("{words:?}: {error}: {}", String::from_utf8_lossy(&output.stderr))
     });
+    check(&answer);
     (code, answer)
 }
 
-/// An answer in one line: `forward 10.244.1.1 10.244.2.2 kept`, `drop no_local_backend`.
+/// Holds an answer against docs/schema.json.
+pub(crate) fn check(answer: &Value) {
+    let checked = sluice_lab::schema::check(&sluice::tools::api::schema(), answer);
+    assert_eq!(checked, Ok(()), "{answer}");
+}
+
+/// Returns an answer in one line: `forward 10.244.1.1 10.244.2.2 kept`, `drop no_local_backend`.
 fn line((code, answer): &(i32, Value)) -> String {
     let word = |value: &Value| value.as_str().unwrap_or("-").to_owned();
     let verdict = word(&answer["verdict"]);
@@ -341,9 +349,11 @@ fn every_field_of_the_contract_is_there() {
         answer.as_object().expect("an object").keys().map(String::as_str).collect();
     let expected = [
         "affinity",
+        "apiVersion",
         "backend",
         "candidates",
         "frontend",
+        "kind",
         "port",
         "reason",
         "service",
@@ -443,16 +453,17 @@ fn ipv6_is_asked_in_brackets() {
 fn a_question_that_makes_no_sense_ends_with_code_2_and_what_is_wrong() {
     let folder = tempfile::tempdir().expect("a folder");
     for (words, why) in [
-        ("tcp 10.0.0.1:1 --from pod", "<DST:PORT>"),
-        ("icmp 10.0.0.1:1 10.0.0.2:1 --from pod", "expected TCP, UDP or SCTP"),
-        ("tcp 10.0.0.1 10.0.0.2:1 --from pod", "expected an address and a port"),
+        ("tcp 10.0.0.1:1 --from pod", "\"tcp\": expected ADDRESS:PORT"),
+        ("10.0.0.1:1 --from pod", "2 values required"),
+        ("icmp 10.0.0.1:1 10.0.0.2:1 --from pod", "expected tcp, udp or sctp"),
+        ("tcp 10.0.0.1 10.0.0.2:1 --from pod", "expected ADDRESS:PORT"),
         ("tcp 10.0.0.1:0 10.0.0.2:1 --from pod", "port 0 is not valid"),
-        ("tcp fd00::1:1 10.0.0.2:1 --from pod", "expected an address and a port"),
+        ("tcp fd00::1:1 10.0.0.2:1 --from pod", "expected ADDRESS:PORT"),
         (
             "tcp [fd00::1]:1 10.0.0.2:1 --from pod --manifests .",
             "are of different address families",
         ),
-        ("tcp 10.0.0.1:1 10.0.0.2:1", "--from <CLIENT>"),
+        ("tcp 10.0.0.1:1 10.0.0.2:1", "give --from pod, host or external"),
         ("tcp 10.0.0.1:1 10.0.0.2:1 --from moon", "possible values: pod, host, external"),
         ("tcp 10.0.0.1:1 10.0.0.2:1 --from external --path socket --manifests .", "makes no calls"),
         ("tcp 10.0.0.1:1 10.0.0.2:1 --from pod --cluster-cidr ten --manifests .", "--cluster-cidr"),
@@ -576,14 +587,95 @@ fn people_read_one_answer_of_each_kind() {
     }
 }
 
+/// A dump of two nodes, with Pods.
+const DUMP: &str = "
+apiVersion: v1
+kind: List
+items:
+- {apiVersion: v1, kind: Node, metadata: {name: n1}, spec: {podCIDRs: [10.244.1.0/24]},
+   status: {addresses: [{type: InternalIP, address: 192.0.2.1}]}}
+- {apiVersion: v1, kind: Node, metadata: {name: n2}, spec: {podCIDRs: [10.244.2.0/24]},
+   status: {addresses: [{type: InternalIP, address: 192.0.2.2}]}}
+- {apiVersion: v1, kind: Pod, metadata: {name: client, namespace: shop}, spec: {nodeName: n1},
+   status: {phase: Running, podIPs: [{ip: 10.244.1.5}]}}
+- {apiVersion: v1, kind: Pod, metadata: {name: web-x, namespace: shop}, spec: {nodeName: n2},
+   status: {phase: Running, podIPs: [{ip: 10.244.2.7}]}}
+- {apiVersion: v1, kind: Service, metadata: {name: web, namespace: shop},
+   spec: {clusterIP: 10.96.0.10, ports: [{name: http, port: 80}, {name: dns, port: 53, protocol: UDP}]}}
+- apiVersion: discovery.k8s.io/v1
+  kind: EndpointSlice
+  metadata: {name: web-1, namespace: shop, labels: {kubernetes.io/service-name: web}}
+  addressType: IPv4
+  ports: [{name: http, port: 8080}, {name: dns, port: 5353, protocol: UDP}]
+  endpoints:
+  - {addresses: [10.244.2.7], nodeName: n2, targetRef: {kind: Pod, name: web-x, namespace: shop}}
+";
+
+#[test]
+fn names_are_taken_wherever_addresses_are() {
+    let folder = tempfile::tempdir().expect("a folder");
+    fs::write(folder.path().join("dump.yaml"), DUMP).expect("written");
+    let ask = |words: &str| ask(folder.path(), &format!("{words} --manifests dump.yaml --node n1"));
+    for words in [
+        "tcp 10.244.1.5:40000 10.96.0.10:80 --from pod",
+        "10.244.1.5:40000 10.96.0.10:80",
+        "pod/shop/client svc/shop/web:http",
+        "-n shop pod/client svc/web:80",
+        "tcp pod/shop/client web:http",
+        "node/n1 svc/web:http",
+    ] {
+        let answer = ask(words);
+        assert_eq!(line(&answer), "forward 10.244.2.7 kept", "{words}");
+        assert_eq!((&answer.1["service"], &answer.1["port"]), (&"shop/web".into(), &"http".into()));
+    }
+    assert_eq!(ask("pod/shop/client svc/web:dns").1["frontend"]["protocol"], "UDP");
+    assert_eq!(line(&ask("external svc/web:http")), "forward 10.244.2.7 masqueraded");
+
+    let read = |words: &str| {
+        let words = format!("explain {words} --manifests dump.yaml --node n1");
+        let output = sluice(folder.path(), &words.split(' ').collect::<Vec<_>>());
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let (_, text, _) = read("pod/shop/client svc/web:http");
+    let first = text.lines().find(|line| line.starts_with("Verdict:")).expect("a verdict");
+    let step = text.lines().find(|line| line.starts_with("Frontend:")).expect("a step");
+    assert!(text.find(first) < text.find(step), "{text}");
+    assert!(text.find("is translated before") < text.find("sends packets instead"), "{text}");
+    let row = text.lines().find(|line| line.starts_with("10.244.2.7:8080")).expect("a candidate");
+    assert!(row.contains("shop/web-x   n2"), "{row}");
+
+    // A client that cannot be there has no story.
+    for (words, code, why) in [
+        ("pod/shop/web-x svc/web:http", 1, "pod shop/web-x runs on node n2"),
+        ("10.244.2.7:1 10.96.0.10:80 --from pod", 1, "is pod shop/web-x of node n2"),
+        ("10.244.2.99:1 10.96.0.10:80 --from pod", 1, "10.244.2.99 belongs to node n2"),
+        ("10.9.9.9:1 10.96.0.10:80 --from pod", 1, "no pod has the address 10.9.9.9"),
+        ("192.0.2.1:1 10.96.0.10:80 --from pod", 2, "an address of node n1, and no pod's"),
+        ("10.244.1.5:1 10.96.0.10:80 --from external", 2, "is pod shop/client of this node"),
+        ("192.0.2.2:1 10.96.0.10:80 --from host", 1, "192.0.2.2 belongs to node n2"),
+        ("pod/shop/nosuch svc/web:http", 1, "there is no pod shop/nosuch"),
+        ("pod/shop/client svc/web", 2, "may be any of shop/web:dns UDP, shop/web:http TCP"),
+        ("pod/shop/client svc/nosuch:80", 1, "no Service \"nosuch:80\" is served here"),
+        ("svc/web:http pod/shop/web-x:80", 2, "is no client"),
+    ] {
+        let (found, text, error) = read(words);
+        assert_eq!((found, text.as_str()), (Some(code), ""), "{words}: {error}");
+        assert!(error.contains(why), "{words}: {error}");
+    }
+}
+
 #[test]
 fn validation_reports_what_is_refused_and_what_is_lost() {
     compare("validate.txt", &["validate", "wrong"], 1);
     let output = sluice(&tests().join("explain"), &["validate", "shop", "-o", "json"]);
     let rows: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    check(&rows);
     assert_eq!(output.status.code(), Some(0), "{rows}");
     assert!(
-        rows.as_array().is_some_and(|rows| rows.iter().all(|row| row["kind"] == "warning")),
+        rows["items"]
+            .as_array()
+            .is_some_and(|rows| rows.iter().all(|row| row["kind"] == "warning")),
         "{rows}"
     );
 }
@@ -624,7 +716,7 @@ endpoints: [{{addresses: [10.244.1.{number}]}}, {{addresses: [10.244.2.{number}]
     assert_eq!((code, &answer["service"]), (0, &Value::from("default/s256")));
 }
 
-/// What a person sees while a node is moved in or out: whose the packets are, and why.
+/// While a node is moved in or out, a person sees whose the packets are, and why.
 #[test]
 fn what_is_left_to_netfilter_is_told_with_its_reason() {
     let folder = tempfile::tempdir().expect("a folder");

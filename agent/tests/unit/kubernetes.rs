@@ -15,7 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{broadcast, mpsc};
 use tokio::time::timeout;
 
-/// What the server knows.
+/// The objects of the server.
 #[derive(Default)]
 struct World {
     services: BTreeSet<&'static str>,
@@ -171,13 +171,13 @@ fn gone(change: &Change) -> Option<String> {
     Some(name.name.to_string())
 }
 
-/// What is said about the server itself.
+/// Returns the notes about the server itself.
 fn said(change: &Change) -> Option<&[Note]> {
     let Change::Notes(Subject::Source(SourceId::Kubernetes), notes) = change else { return None };
     Some(notes)
 }
 
-/// A client of the server.
+/// Returns a client of the server.
 async fn connect(address: String, service_cidrs: bool) -> (kube::Client, Settings) {
     let directory = tempfile::tempdir().expect("a directory");
     let kubeconfig = directory.path().join("config");
@@ -193,7 +193,7 @@ async fn connect(address: String, service_cidrs: bool) -> (kube::Client, Setting
     (kubernetes::connect(&settings).await.expect("a client"), settings)
 }
 
-/// A source that watches the server: its events and its health.
+/// Returns a source that watches the server: its events and its health.
 async fn watching(address: String, service_cidrs: bool) -> (mpsc::Receiver<Event>, Pulse) {
     let (client, settings) = connect(address, service_cidrs).await;
     let (sink, events) = mpsc::channel(64);

@@ -1,8 +1,9 @@
-//! What needs nothing but the compiler: laws, scenarios, and what people read.
+//! Tests that need nothing but the compiler: laws, scenarios, and texts for people.
 
 mod explain;
 mod kubernetes;
 mod manifests;
+mod plan;
 mod properties;
 mod room;
 mod scale;

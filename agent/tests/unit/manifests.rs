@@ -31,7 +31,7 @@ impl Watch {
         Self { events, pulse }
     }
 
-    /// The next change, which must come well before the folder is polled.
+    /// Returns the next change, which must come well before the folder is polled.
     async fn next(&mut self) -> Change {
         let next = timeout(Duration::from_secs(5), self.events.recv()).await;
         next.expect("a change in time").expect("the source lives").change

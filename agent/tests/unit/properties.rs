@@ -22,7 +22,7 @@ use sluice_core::model::policy::Policies;
 use sluice_core::model::{Batch, Desired, DesiredBackend, DesiredPort, FrontendKind, ObjectName};
 use sluice_core::plan::{Plan, Sizes};
 
-/// A failure's seed is printed, not kept in a file.
+/// Prints a failure's seed instead of keeping it in a file.
 fn config(cases: u32) -> ProptestConfig {
     ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) }
 }
@@ -103,7 +103,8 @@ fn family_is_sound<F: Stack>(image: &Image) -> Result<(), String> {
     Ok(())
 }
 
-/// Where only some sources are let in, there are some, at every moment.
+/// Reports whether each frontend that is restricted to some sources has at least one, at every
+/// moment.
 fn sources_are_let_in(image: &Image) -> bool {
     image.ports.iter().filter(|(_, port)| port.restricts_sources()).all(|(id, _)| {
         image.v4.source_ranges.keys().any(|key| key.service_port == *id)
@@ -176,7 +177,7 @@ fn random_port() -> impl Strategy<Value = RandomPort> {
         )
 }
 
-/// A valid image, of so few ids and blocks that two of them quarrel.
+/// Returns a valid image with so few ids and blocks that two images conflict.
 fn random_image() -> impl Strategy<Value = Image> {
     let nodes = btree_map(0..4_u8, any::<bool>(), 0..3);
     (btree_map(1..5_u32, random_port(), 0..4), btree_map(0..9_u32, 1..8_u8, 0..3), nodes).prop_map(
@@ -391,7 +392,7 @@ proptest! {
 
 // --- plans ----------------------------------------------------------------------------------
 
-/// What one random Service wants: per family, which of few frontends and endpoints.
+/// The parameters of one random Service: per family, which of few frontends and endpoints it has.
 #[derive(Clone, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is drawn by itself")]
 struct Wish {
@@ -514,7 +515,7 @@ fn rounds() -> impl Strategy<Value = Vec<BTreeMap<u8, Wish>>> {
     vec(btree_map(0..5_u8, wish(), 1..4), 1..12)
 }
 
-/// The content of maps without ids: what a client can tell.
+/// Returns the content of maps without ids, which is all that a client can observe.
 fn content(image: &Image) -> BTreeMap<String, Vec<String>> {
     fn of<F: Stack>(image: &Image, content: &mut BTreeMap<String, Vec<String>>) {
         for (key, service) in &F::of(image).services {
@@ -751,7 +752,7 @@ fn a_backend_that_returns_has_its_id_and_generation_and_one_that_leaves_stops_se
     assert_eq!(plan.image().v4.backends, before.v4.backends);
 }
 
-/// A Service with IPv4 endpoints for all classes alike.
+/// Returns a Service with IPv4 endpoints for all classes alike.
 fn simple(endpoints: &[u8]) -> Wish {
     let endpoints = endpoints.iter().map(|low| (*low, (true, true, false))).collect();
     Wish {
@@ -809,7 +810,7 @@ fn classes_with_the_same_backends_share_a_range() {
     assert_ne!(port.ranges[1], port.ranges[2]);
 }
 
-/// Where the first write of a kind stands in an update.
+/// Returns the index of the first write of a kind in an update.
 fn place(update: &[Write], wanted: impl Fn(&Write) -> bool) -> usize {
     update.iter().position(wanted).unwrap_or_else(|| panic!("not among {update:#?}"))
 }

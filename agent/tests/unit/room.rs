@@ -1,5 +1,5 @@
-//! Who gets what when there is not enough for all: the older Service first, ClusterIPs before the
-//! rest, and no namespace so much that others are refused.
+//! The distribution of what is not enough for all: the older Service comes first, ClusterIPs come
+//! before the rest, and no namespace gets so much that others are refused.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -55,7 +55,7 @@ impl Engine {
         update.writes.len()
     }
 
-    /// What is said to be refused for room, of Services in a namespace.
+    /// Returns what the reports name as refused for lack of room, of Services in a namespace.
     fn refused(&self, namespace: &str) -> Vec<String> {
         let reports = self.model.reports().iter().filter(|report| report.note.flaw == Flaw::NoRoom);
         let texts = reports.map(ToString::to_string);
@@ -194,7 +194,7 @@ fn dns() -> Wish {
     }
 }
 
-/// What `dns` wants is there, in whatever order it came.
+/// Checks that everything that `dns` wants is programmed, in whatever order it arrived.
 fn is_served_whole(engine: &Engine, wish: &Wish) {
     assert_eq!(engine.refused(&wish.name.namespace), [] as [String; 0]);
     let vips = [wish.cluster_ip, wish.balancer()];

@@ -1,4 +1,4 @@
-//! Which endpoints kube-proxy sends a client to, case by case: the model must agree.
+//! The endpoints to which kube-proxy sends a client, case by case: the model must agree.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -25,10 +25,10 @@ struct Case {
     cluster: &'static str,
     local: &'static str,
     reachable: &'static str,
-    /// What becomes of clients of the ClusterIP, of those of an external address inside, and of
+    /// The backends of clients of the ClusterIP, of clients of an external address inside, and of
     /// those outside.
     clients: [&'static str; 3],
-    /// What the health check counts.
+    /// The number of endpoints that the health check counts.
     health: usize,
 }
 
@@ -217,7 +217,7 @@ fn service(kind: &str, external: bool) -> ServiceSpec {
     }
 }
 
-/// What the model makes of a Service with slices.
+/// Returns what the model derives from a Service with slices.
 fn derive(
     spec: ServiceSpec,
     slices: Vec<(Option<i32>, Vec<Endpoint>)>,

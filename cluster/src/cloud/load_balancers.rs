@@ -220,7 +220,7 @@ impl LoadBalancers<'_> {
     }
 }
 
-/// Whether the health check of a node answers 200.
+/// Reports whether the health check of a node answers 200.
 fn is_healthy(node: NodeNumber, port: u16) -> bool {
     let ask = || -> Result<bool> {
         let address = SocketAddr::new(node.ipv4().parse()?, port);

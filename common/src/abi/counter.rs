@@ -155,7 +155,7 @@ abi! {
     /// A token bucket; the value of `rejects`.
     #[derive(Default)]
     pub struct RejectBucket {
-        /// When it was last refilled, milliseconds since boot.
+        /// The time of the last refill, milliseconds since boot.
         pub refilled_ms: u32,
         /// Milliseconds of credit; one ICMP error costs [`crate::engine::limit::REJECT_COST_MS`].
         pub credit_ms: u32,

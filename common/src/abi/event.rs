@@ -65,7 +65,7 @@ abi! {
     /// filter of zero lets everything through.
     #[derive(Default)]
     pub struct Listening {
-        /// When listening ends, in nanoseconds since boot; 0 if nobody listens.
+        /// The time at which listening ends, in nanoseconds since boot; 0 if nobody listens.
         pub until_ns: u64,
         /// A bit for every reason, `1 << number`; 0: any.
         pub reasons: u64,

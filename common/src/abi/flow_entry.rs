@@ -1,4 +1,4 @@
-//! What the packet path remembers: flows, clients, datagrams.
+//! The state that the packet path keeps: flows, clients, datagrams.
 
 /// Bits of [`Flow::state`](super::Flow::state). Both directions' entries carry the same bits.
 pub mod state {
@@ -97,7 +97,7 @@ abi! {
         pub source_port: u16,
         /// Destination port, host order.
         pub destination_port: u16,
-        /// When the first fragment was seen, in [`Ticks`](super::Ticks).
+        /// The time at which the first fragment was seen, in [`Ticks`](super::Ticks).
         pub seen: u32,
     } size 8
 }

@@ -47,8 +47,8 @@ pub const REJECTS_MAX: u32 = 4_096;
 
 /// Entries of `callers`: frontends that pods have called, 16 Ki x ~96 B = 1.5 MiB.
 pub const CALLERS_MAX: u32 = 16_384;
-/// How long an entry of `callers` is valid, in [`Ticks`]: about a minute. A pod may begin to keep a
-/// frontend to itself, and its packets are then seen no more.
+/// The time for which an entry of `callers` is valid, in [`Ticks`]: about a minute. A pod may begin
+/// to keep a frontend to itself, and its packets are then seen no more.
 pub const CALLER_TICKS: Ticks = 60;
 
 /// Entries of each affinity map: 64 Ki x ~70 B = 4.5 MiB (IPv4).

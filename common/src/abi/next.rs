@@ -5,7 +5,7 @@ use super::previous::{self, Moved};
 abi! {
     /// As [`previous::Flow`], otherwise arranged.
     pub struct Flow<A> {
-        /// When the flow was last renewed, in [`Ticks`](super::Ticks).
+        /// The time of the last renewal, in [`Ticks`](super::Ticks).
         pub seen: u32,
         /// Index into `backends` of the flow's family; 0: none.
         pub backend: u32,
@@ -13,7 +13,7 @@ abi! {
         pub service_port: u32,
         /// As [`previous::Flow::replied`].
         pub replied: u32,
-        /// What makes the value larger.
+        /// A field that makes the value larger.
         pub reserved: u32,
         /// Destination address after translation.
         pub destination: A,
@@ -36,15 +36,16 @@ abi! {
     /// As [`previous::Affinity`], otherwise arranged.
     #[derive(Default)]
     pub struct Affinity {
-        /// When the client opened its last flow, in [`Ticks`](super::Ticks).
+        /// The time at which the client opened its last flow, in [`Ticks`](super::Ticks).
         pub seen: u32,
         /// The backend's generation then.
         pub generation: u16,
-        /// How often the client came back after its affinity had run out; it wraps around.
+        /// Number of times that the client came back after its affinity had run out; it wraps
+        /// around.
         pub round: u16,
         /// Index into `backends`.
         pub backend: u32,
-        /// What makes the value larger.
+        /// A field that makes the value larger.
         pub more: u32,
     } size 16
 }

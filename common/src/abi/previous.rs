@@ -41,6 +41,33 @@ pub enum Round {
     WritesCurrent = 2,
 }
 
+/// The step that follows once all programs are of a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// The programs of another round replace those of this one.
+    Load(Round),
+    /// Entries move to this layout; then settled programs replace the others.
+    MoveUp,
+    /// Entries move to the previous layout, whose version can then take over.
+    MoveDown,
+    /// The change is complete.
+    Done,
+}
+
+impl Round {
+    /// Returns the step that follows this round on the way to this layout, or to the previous one.
+    #[must_use]
+    pub const fn step(self, to_previous: bool) -> Step {
+        match (self, to_previous) {
+            (Self::WritesPrevious, false) => Step::Load(Self::WritesCurrent),
+            (Self::WritesCurrent, false) => Step::MoveUp,
+            (Self::WritesCurrent, true) => Step::Load(Self::WritesPrevious),
+            (Self::WritesPrevious, true) => Step::MoveDown,
+            (Self::Settled, _) => Step::Done,
+        }
+    }
+}
+
 /// A value that has another form in the previous layout.
 pub trait Moved: Copy {
     /// The other form.

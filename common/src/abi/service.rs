@@ -15,7 +15,7 @@ abi! {
 }
 
 abi! {
-    /// Where a frontend leads; the value of `services`. Never changed while its key lives.
+    /// The target of a frontend; the value of `services`. Never changed while its key lives.
     #[derive(Default)]
     pub struct Service {
         /// Index into `ports`, from 1; 0 with [`frontend::ADDRESS`].

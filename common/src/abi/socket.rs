@@ -74,7 +74,7 @@ abi! {
         pub retransmitted_segments: u32,
         /// The backend, as a key of `socket_counts`.
         pub backend: u32,
-        /// When it was last counted, in [`Ticks`](super::Ticks).
+        /// The time at which it was last counted, in [`Ticks`](super::Ticks).
         pub seen: u32,
         /// Zero.
         pub reserved: u32,

@@ -20,9 +20,9 @@ abi! {
         pub backend: u32,
         /// Index into `ports`; 0: none.
         pub service_port: u32,
-        /// When the flow was last renewed, in [`Ticks`](super::Ticks).
+        /// The time of the last renewal, in [`Ticks`](super::Ticks).
         pub seen: u32,
-        /// When the endpoint was last heard from, as far as renewals show, in
+        /// The time at which the endpoint was last heard from, as far as renewals show, in
         /// [`Ticks`](super::Ticks); 0 if not yet. In a [guess](super::state::GUESS) it is the
         /// number that the endpoint must acknowledge. In an unproven flow without an answer it is
         /// not 0 if an ICMP error has been counted as its failure, or if no SYN has opened it.
@@ -42,7 +42,7 @@ abi! {
     pub struct Affinity {
         /// Index into `backends`.
         pub backend: u32,
-        /// When the client opened its last flow, in [`Ticks`](super::Ticks).
+        /// The time at which the client opened its last flow, in [`Ticks`](super::Ticks).
         pub seen: u32,
         /// The backend's generation then.
         pub generation: u16,

@@ -54,76 +54,59 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
     reason: &mut Reason,
 ) -> Action {
     match decision.verdict {
-        Verdict::Pass => return Action::Next,
-        Verdict::Drop => return Action::Drop,
+        Verdict::Pass => Action::Next,
+        Verdict::Drop => Action::Drop,
         Verdict::Hold => {
             let action = hold(adapter);
             if action == Action::Next {
                 *reason = Reason::Fragment;
             }
-            return action;
+            action
         }
         Verdict::Reset => {
-            return if reset(adapter, headers, reason) {
+            if reset(adapter, headers, reason) {
                 send_answer(adapter)
             } else {
                 Action::Drop
-            };
+            }
         }
-        Verdict::Unreachable => return unreachable(adapter, headers, reason),
+        Verdict::Unreachable => unreachable(adapter, headers, reason),
         Verdict::Translate
         | Verdict::Around
         | Verdict::Bounce
         | Verdict::Inject
-        | Verdict::Route => {}
+        | Verdict::Route => match refusal.reason() {
+            Some(refused) => {
+                *reason = refused;
+                Action::Drop
+            }
+            None => translate(adapter, headers, decision, reason),
+        },
     }
-    if let Some(refused) = refusal.reason() {
-        *reason = refused;
-        return Action::Drop;
-    }
+}
+
+/// Translates a packet, and sends it where the verdict says.
+#[inline(always)]
+fn translate<F: Answer + Wide, A: Adapter<F>>(
+    adapter: &mut A,
+    headers: &Headers<F>,
+    decision: &Decision<F>,
+    reason: &mut Reason,
+) -> Action {
     let flow = &decision.flow;
-    // The device that the packet leaves by.
-    let mut target = 0;
-    // Our own device, if the packet has to enter the stack to be fragmented.
-    let mut fragments = 0;
+    let mut way = Way::default();
     if decision.verdict == Verdict::Route {
-        let way = RouteQuery {
-            ifindex: LOOPBACK,
-            fwmark: adapter.fwmark(),
-            length: segment_length(adapter, headers),
-        };
-        let exceeded = match adapter.route(&flow.source, &flow.destination, &way) {
-            Target::Device(device) => {
-                target = device;
-                exceeded_mtu(adapter, &flow.destination, target, way.length)
-            }
-            Target::TooBig(mtu) => Some(mtu),
-            Target::None => {
-                *reason = Reason::NoRoute;
-                return Action::Drop;
-            }
-        };
-        if let Some(mtu) = exceeded {
-            // An error is never answered with another one (RFC 1122, 3.2.2; RFC 4443, 2.4).
-            let is_error = headers.kind == Kind::IcmpError;
-            let is_answered = !is_error && forbids_fragments(adapter, headers.network);
-            if !is_error && !is_answered {
-                fragments = adapter.own_device();
-            }
-            if fragments == 0 {
-                *reason = Reason::TooBig;
-                return if is_answered {
-                    error(adapter, headers, IcmpError::TooBig, mtu)
-                } else {
-                    Action::Drop
-                };
-            }
+        match find_way(adapter, headers, flow, reason) {
+            Ok(found) => way = found,
+            Err(action) => return action,
         }
     }
     // A bypass does what the stack would do. The stack itself does it where it fragments the
     // packet, and for what this host sends itself.
     let bypasses = decision.verdict == Verdict::Bounce
-        || decision.verdict == Verdict::Route && adapter.hook() != Hook::Egress && fragments == 0;
+        || decision.verdict == Verdict::Route
+            && adapter.hook() != Hook::Egress
+            && way.fragments == 0;
     if bypasses && !decrement_ttl(adapter.frame_mut(), headers) {
         *reason = Reason::TtlExceeded;
         return if may_be_answered(adapter, headers) {
@@ -148,7 +131,70 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
             return action;
         }
     }
-    let action = match decision.verdict {
+    let action = send(adapter, decision, way);
+    if action == Action::Drop {
+        *reason = Reason::RewriteFailed;
+    }
+    action
+}
+
+/// The devices that a packet leaves by; 0 is none.
+#[derive(Clone, Copy, Default)]
+struct Way {
+    /// The device of its route.
+    target: u32,
+    /// Our own device, if the packet has to enter the stack to be fragmented.
+    fragments: u32,
+}
+
+/// Returns the way of a packet that leaves by its route, or what becomes of one that cannot.
+#[inline(always)]
+fn find_way<F: Answer + Wide, A: Adapter<F>>(
+    adapter: &mut A,
+    headers: &Headers<F>,
+    flow: &Flow<F::Address>,
+    reason: &mut Reason,
+) -> Result<Way, Action> {
+    let mut way = Way::default();
+    let query = RouteQuery {
+        ifindex: LOOPBACK,
+        fwmark: adapter.fwmark(),
+        length: segment_length(adapter, headers),
+    };
+    let exceeded = match adapter.route(&flow.source, &flow.destination, &query) {
+        Target::Device(device) => {
+            way.target = device;
+            exceeded_mtu(adapter, &flow.destination, device, query.length)
+        }
+        Target::TooBig(mtu) => Some(mtu),
+        Target::None => {
+            *reason = Reason::NoRoute;
+            return Err(Action::Drop);
+        }
+    };
+    let Some(mtu) = exceeded else { return Ok(way) };
+    // An error is never answered with another one (RFC 1122, 3.2.2; RFC 4443, 2.4).
+    let is_error = headers.kind == Kind::IcmpError;
+    let is_answered = !is_error && forbids_fragments(adapter, headers.network);
+    if !is_error && !is_answered {
+        way.fragments = adapter.own_device();
+    }
+    if way.fragments != 0 {
+        return Ok(way);
+    }
+    *reason = Reason::TooBig;
+    Err(if is_answered { error(adapter, headers, IcmpError::TooBig, mtu) } else { Action::Drop })
+}
+
+/// Sends a packet that has been translated.
+#[inline(always)]
+fn send<F: Answer + Wide, A: Adapter<F>>(
+    adapter: &mut A,
+    decision: &Decision<F>,
+    way: Way,
+) -> Action {
+    let flow = &decision.flow;
+    match decision.verdict {
         Verdict::Translate | Verdict::Around => {
             adapter.set_translated();
             // A masqueraded client's packet is routed, so that its source can change where it
@@ -161,21 +207,17 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
             }
             Action::Next
         }
-        Verdict::Bounce => turn_back(adapter),
-        Verdict::Inject => hand_in(adapter, &flow.destination, &flow.source),
-        Verdict::Route if fragments != 0 => hand_to(adapter, fragments),
+        Verdict::Bounce => bounce(adapter),
+        Verdict::Inject => inject(adapter, &flow.destination, &flow.source),
+        Verdict::Route if way.fragments != 0 => receive(adapter, way.fragments),
         Verdict::Route => {
             adapter.take_tags_off();
-            if has_room_for_link(adapter) { Action::Forward(target) } else { Action::Drop }
+            if has_room_for_link(adapter) { Action::Forward(way.target) } else { Action::Drop }
         }
         Verdict::Pass | Verdict::Drop | Verdict::Reset | Verdict::Unreachable | Verdict::Hold => {
             Action::Next
         }
-    };
-    if action == Action::Drop {
-        *reason = Reason::RewriteFailed;
     }
-    action
 }
 
 /// Returns the device from which routing sees the packet come: the bridge, if the packet's device
@@ -352,7 +394,7 @@ fn stay_on_bridge<F: Family, A: Adapter<F>>(
 
 /// Sends the packet back out of the device that it came from.
 #[inline(always)]
-fn turn_back<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
+fn bounce<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
     if adapter.link() != 0 {
         let Some(header) = adapter.frame().read::<EthernetHeader>(0) else { return Action::Drop };
         if !adapter.frame_mut().store(0, [header.source, header.destination]) {
@@ -365,7 +407,7 @@ fn turn_back<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
 /// Injects the packet into the stack as if it had come in on the device that the route from `local`
 /// to `remote` names: strict reverse path filtering drops it elsewhere.
 #[inline(always)]
-fn hand_in<F: Family, A: Adapter<F>>(
+fn inject<F: Family, A: Adapter<F>>(
     adapter: &mut A,
     local: &F::Address,
     remote: &F::Address,
@@ -387,12 +429,12 @@ fn hand_in<F: Family, A: Adapter<F>>(
     if target == here && !leaves {
         return Action::Next;
     }
-    hand_to(adapter, target)
+    receive(adapter, target)
 }
 
 /// Injects the packet into the stack as if it had come in on a device.
 #[inline(always)]
-fn hand_to<F: Family, A: Adapter<F>>(adapter: &mut A, target: u32) -> Action {
+fn receive<F: Family, A: Adapter<F>>(adapter: &mut A, target: u32) -> Action {
     let Some(to) = adapter.device(target) else { return Action::Drop };
     let (link, mac) = (to.link_header, to.mac);
     if target != adapter.ifindex() {
@@ -460,7 +502,7 @@ fn is_answerable<F: Family>(address: &F::Address) -> bool {
 #[inline(always)]
 fn send_answer<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
     if adapter.hook() != Hook::Egress {
-        return turn_back(adapter);
+        return bounce(adapter);
     }
     let here = adapter.ifindex();
     if adapter.link() != 0 {

@@ -153,46 +153,7 @@ fn open<F: Family, T: FlowTable<F>>(
     tables: &mut T,
 ) -> Result<(), Reason> {
     let (key, flow) = (&decision.key, &mut decision.flow);
-    let recovers = decision.record == Record::Establish;
-    let mut proof = None;
-    // Remove what an earlier flow of the same client port has left behind.
-    for place in [FlowMap::Flows, FlowMap::Embryonic] {
-        let Some(old) = tables.get(place, key) else { continue };
-        if !leads_to(old, flow) {
-            partner.stale = partner_key::<F>(old, key.protocol);
-            forget(place, key, &partner.stale, tables);
-        } else if recovers && place == FlowMap::Flows {
-            proof = Some((old.state, old.replied));
-        }
-        if place == FlowMap::Flows {
-            tables.remove(place, key);
-        }
-    }
-    // The path found the tuple free, or held by an entry that no longer counts, which is removed.
-    for place in [FlowMap::Flows, FlowMap::Embryonic] {
-        let Some(old) = tables.get(place, &partner.key) else { continue };
-        if leads_to(old, &partner.flow) {
-            if recovers && place == FlowMap::Flows {
-                proof = Some((old.state, old.replied));
-            }
-        } else if is_as_fresh(old, flow)
-            && !gives_way(
-                old,
-                place == FlowMap::Embryonic,
-                key.protocol,
-                decision.record,
-                flow.seen,
-            )
-        {
-            // Another flow's entry was inserted between the path's lookup and now.
-            return Err(Reason::ClashRace);
-        } else {
-            // Without its replies the other direction is useless: that client gets a new flow.
-            partner.stale = partner_key::<F>(old, key.protocol);
-            forget(place, &partner.key, &partner.stale, tables);
-        }
-        tables.remove(place, &partner.key);
-    }
+    let proof = clear_way(key, flow, decision.record, partner, tables)?;
     let mut place = FlowMap::Embryonic;
     if let Some((state, replied)) = proof {
         // Half of a proven flow is proof of it.
@@ -217,6 +178,57 @@ fn open<F: Family, T: FlowTable<F>>(
         tables.set_marks(bits);
     }
     Ok(())
+}
+
+/// Removes what earlier flows have left at both tuples of a new one. Returns the state of the flow
+/// that is recovered, if half of it is still there as a proven one.
+///
+/// # Errors
+///
+/// Another flow's entry that counts is there.
+#[inline(always)]
+fn clear_way<F: Family, T: FlowTable<F>>(
+    key: &Tuple<F::Address>,
+    flow: &Flow<F::Address>,
+    record: Record,
+    partner: &mut Partner<F>,
+    tables: &mut T,
+) -> Result<Option<(u8, u32)>, Reason> {
+    let recovers = record == Record::Establish;
+    let mut proof = None;
+    // Remove what an earlier flow of the same client port has left behind.
+    for place in [FlowMap::Flows, FlowMap::Embryonic] {
+        let Some(old) = tables.get(place, key) else { continue };
+        if !leads_to(old, flow) {
+            partner.stale = partner_key::<F>(old, key.protocol);
+            forget(place, key, &partner.stale, tables);
+        } else if recovers && place == FlowMap::Flows {
+            proof = Some((old.state, old.replied));
+        }
+        if place == FlowMap::Flows {
+            tables.remove(place, key);
+        }
+    }
+    // The path found the tuple free, or held by an entry that no longer counts, which is removed.
+    for place in [FlowMap::Flows, FlowMap::Embryonic] {
+        let Some(old) = tables.get(place, &partner.key) else { continue };
+        if leads_to(old, &partner.flow) {
+            if recovers && place == FlowMap::Flows {
+                proof = Some((old.state, old.replied));
+            }
+        } else if is_as_fresh(old, flow)
+            && !gives_way(old, place == FlowMap::Embryonic, key.protocol, record, flow.seen)
+        {
+            // Another flow's entry was inserted between the path's lookup and now.
+            return Err(Reason::ClashRace);
+        } else {
+            // Without its replies the other direction is useless: that client gets a new flow.
+            partner.stale = partner_key::<F>(old, key.protocol);
+            forget(place, &partner.key, &partner.stale, tables);
+        }
+        tables.remove(place, &partner.key);
+    }
+    Ok(proof)
 }
 
 /// Removes the other direction of an entry that is being removed, unless its tuple belongs to

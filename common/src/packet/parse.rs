@@ -234,68 +234,20 @@ impl Parse for V6 {
                 kind = Kind::Truncated;
             }
         }
-        let mut next = header.next_header;
-        let mut transport = offset.wrapping_add(40);
+        let mut chain =
+            Chain { next: header.next_header, transport: offset.wrapping_add(40), kind };
         if kind == Kind::Transport {
-            for _ in 0..EXTENSIONS_MAX {
-                // Hop-by-hop options, routing, fragment, destination options. (After an
-                // authentication header addresses and ports must not change: not ours.)
-                if !matches!(next, 0 | 43 | 44 | 60) {
-                    break;
-                }
-                let Some(extension) = packet.read::<ExtensionHeader>(transport) else {
-                    kind = Kind::Truncated;
-                    break;
-                };
-                if next == 43 && extension.segments_left != 0 {
-                    // It is not at its destination: the address in the header is a way-point.
-                    kind = Kind::Other;
-                    break;
-                }
-                let mut words = u32::from(extension.length).wrapping_add(1);
-                let mut is_later = false;
-                if next == 44 {
-                    // The byte is reserved in this header.
-                    words = 1;
-                    // An atomic fragment (RFC 6946) has neither offset nor more fragments.
-                    let offset_more =
-                        u16::from_be_bytes([extension.kind, extension.segments_left]) & 0xfff9;
-                    if offset_more != 0 {
-                        is_later = offset_more != 1;
-                        if !quoted {
-                            let Some(id) = packet.read::<u32>(transport.wrapping_add(4)) else {
-                                kind = Kind::Truncated;
-                                break;
-                            };
-                            headers.part(!is_later, id, extension.next_header);
-                        }
-                    }
-                }
-                next = extension.next_header;
-                // The black box, and a mask larger than any sum, give the verifier the same range
-                // after each header, not a new one: it need not go on from here once for each
-                // header.
-                transport =
-                    core::hint::black_box(transport.wrapping_add(words.wrapping_mul(8)) & 0xfff);
-                if is_later {
-                    kind = Kind::Fragment;
-                    break;
-                }
-                if transport > OFFSET_MAX {
-                    kind = Kind::Malformed;
-                    break;
-                }
-            }
+            chain.follow(packet, quoted, headers);
         }
         Some(Network {
             source: header.source,
             destination: header.destination,
             length,
-            transport,
+            transport: chain.transport,
             checksum: 0,
-            protocol: next,
+            protocol: chain.next,
             ttl: header.hop_limit,
-            kind,
+            kind: chain.kind,
         })
     }
 
@@ -308,6 +260,71 @@ impl Parse for V6 {
     #[inline(always)]
     fn is_unreachable(kind: u8, _: u8) -> bool {
         kind == 1
+    }
+}
+
+/// The chain of an IPv6 packet's extension headers, as far as it has been followed.
+struct Chain {
+    /// The protocol number of the next header.
+    next: u8,
+    /// The position of the next header.
+    transport: u32,
+    /// The kind of the packet.
+    kind: Kind,
+}
+
+impl Chain {
+    /// Follows the chain to the transport header.
+    #[inline(always)]
+    fn follow<P: Packet>(&mut self, packet: &P, quoted: bool, headers: &mut Headers<V6>) {
+        for _ in 0..EXTENSIONS_MAX {
+            // Hop-by-hop options, routing, fragment, destination options. (After an authentication
+            // header addresses and ports must not change: not ours.)
+            if !matches!(self.next, 0 | 43 | 44 | 60) {
+                break;
+            }
+            let Some(extension) = packet.read::<ExtensionHeader>(self.transport) else {
+                self.kind = Kind::Truncated;
+                break;
+            };
+            if self.next == 43 && extension.segments_left != 0 {
+                // It is not at its destination: the address in the header is a way-point.
+                self.kind = Kind::Other;
+                break;
+            }
+            let mut words = u32::from(extension.length).wrapping_add(1);
+            let mut is_later = false;
+            if self.next == 44 {
+                // The byte is reserved in this header.
+                words = 1;
+                // An atomic fragment (RFC 6946) has neither offset nor more fragments.
+                let offset_more =
+                    u16::from_be_bytes([extension.kind, extension.segments_left]) & 0xfff9;
+                if offset_more != 0 {
+                    is_later = offset_more != 1;
+                    if !quoted {
+                        let Some(id) = packet.read::<u32>(self.transport.wrapping_add(4)) else {
+                            self.kind = Kind::Truncated;
+                            break;
+                        };
+                        headers.part(!is_later, id, extension.next_header);
+                    }
+                }
+            }
+            self.next = extension.next_header;
+            // The black box, and a mask larger than any sum, give the verifier the same range after
+            // each header, not a new one: it need not go on from here once for each header.
+            self.transport =
+                core::hint::black_box(self.transport.wrapping_add(words.wrapping_mul(8)) & 0xfff);
+            if is_later {
+                self.kind = Kind::Fragment;
+                break;
+            }
+            if self.transport > OFFSET_MAX {
+                self.kind = Kind::Malformed;
+                break;
+            }
+        }
     }
 }
 

@@ -115,44 +115,117 @@ pub(super) fn follow_entry<F: Family, T: Tables<F>>(
         return true;
     }
     let now = tables.now();
-    let is_udp = headers.tuple.protocol == protocol::UDP;
-    let state = if is_udp {
-        if !is_reply && !serves(entry, tables)
-            || entry.flags & (flow::SOURCE | flow::DIRECT) == flow::SOURCE | flow::DIRECT
-                && now.wrapping_sub(entry.seen) > UDP_IDLE_TICKS
-        {
-            return false;
-        }
-        if is_reply { entry.state | state::ESTABLISHED } else { entry.state }
-    } else if is_reply {
-        if entry.state & (state::GUESS | state::MATCHED) == state::GUESS
-            && (headers.tcp_flags & tcp::ACK == 0 || headers.acknowledgment != entry.replied)
-        {
-            // A connection that has nothing to do with the guess.
-            return true;
-        }
-        state_after_endpoint(entry.state, headers)
-    } else {
-        if entry.state & (state::GUESS | state::MATCHED) == state::GUESS
-            || is_opening(headers.tcp_flags)
-                && (state::has_ended(entry.state)
-                    || (is_embryonic || has_gone_silent(entry, now)) && !serves(entry, tables))
-        {
-            return false;
-        }
-        state_after_client(entry, headers)
-    };
-    let proves = if is_udp {
-        entry.state & state::ESTABLISHED != 0 && now.wrapping_sub(entry.seen) >= STREAM_TICKS
-    } else {
-        state & (state::ESTABLISHED | state::GUESS) == state::ESTABLISHED
-            && !state::has_ended(state)
+    let state = match state_after(headers, entry, is_embryonic, now, tables) {
+        After::State(state) => state,
+        After::Unchanged => return true,
+        After::Over => return false,
     };
     decision.flow = *entry;
     decision.flow.state = state;
     decision.flow.seen = now;
     decision.clears_state = entry.state & !state != 0;
+    note_answer(headers, entry, state, now, decision);
+    let is_numbered_anew = state & state::ANSWERED != 0 && decision.flow.replied != entry.replied;
     let renewed = if is_reply && !is_embryonic { entry.replied } else { entry.seen };
+    decision.record = if is_embryonic && is_proof(headers, entry, state, now) {
+        Record::Promote
+    } else if !is_embryonic && state::has_ended(state) {
+        Record::Demote
+    } else if state == entry.state && now.wrapping_sub(renewed) < RENEW_TICKS && !is_numbered_anew {
+        Record::Nothing
+    } else if is_embryonic {
+        Record::RenewEmbryonic
+    } else {
+        Record::Renew
+    };
+    let establishes = state & !entry.state & state::ESTABLISHED != 0;
+    if establishes && !entry.translates_source() {
+        select::set_affinity(decision, tables);
+    }
+    // A client that knows the endpoint's number needs no other proof of its identity.
+    let is_known = !is_reply && establishes;
+    decision.depends_on_source = !is_known
+        && (state != entry.state || is_numbered_anew || decision.record == Record::Promote);
+    decision.set(verdict, reason_of_entry(entry));
+    true
+}
+
+/// What a packet does to its flow.
+enum After {
+    /// The flow has this state now.
+    State(u8),
+    /// The packet has nothing to do with the flow.
+    Unchanged,
+    /// The entry no longer applies.
+    Over,
+}
+
+/// Returns what a packet does to the flow of its entry.
+#[inline(always)]
+fn state_after<F: Family, T: Tables<F>>(
+    headers: &Headers<F>,
+    entry: &Flow<F::Address>,
+    is_embryonic: bool,
+    now: Ticks,
+    tables: &T,
+) -> After {
+    let is_reply = entry.is_reply();
+    let is_unmatched = entry.state & (state::GUESS | state::MATCHED) == state::GUESS;
+    if headers.tuple.protocol == protocol::UDP {
+        if !is_reply && !serves(entry, tables)
+            || entry.flags & (flow::SOURCE | flow::DIRECT) == flow::SOURCE | flow::DIRECT
+                && now.wrapping_sub(entry.seen) > UDP_IDLE_TICKS
+        {
+            return After::Over;
+        }
+        return After::State(if is_reply { entry.state | state::ESTABLISHED } else { entry.state });
+    }
+    if is_reply {
+        if is_unmatched
+            && (headers.tcp_flags & tcp::ACK == 0 || headers.acknowledgment != entry.replied)
+        {
+            // A connection that has nothing to do with the guess.
+            return After::Unchanged;
+        }
+        return After::State(state_after_endpoint(entry.state, headers));
+    }
+    if is_unmatched
+        || is_opening(headers.tcp_flags)
+            && (state::has_ended(entry.state)
+                || (is_embryonic || has_gone_silent(entry, now)) && !serves(entry, tables))
+    {
+        return After::Over;
+    }
+    After::State(state_after_client(entry, headers))
+}
+
+/// Reports whether a packet that brings its flow to this state proves the flow.
+#[inline(always)]
+fn is_proof<F: Family>(
+    headers: &Headers<F>,
+    entry: &Flow<F::Address>,
+    state: u8,
+    now: Ticks,
+) -> bool {
+    if headers.tuple.protocol == protocol::UDP {
+        entry.state & state::ESTABLISHED != 0 && now.wrapping_sub(entry.seen) >= STREAM_TICKS
+    } else {
+        state & (state::ESTABLISHED | state::GUESS) == state::ESTABLISHED
+            && !state::has_ended(state)
+    }
+}
+
+/// Notes in a flow of this state when its endpoint was heard from, or the number that its client
+/// has to acknowledge.
+#[inline(always)]
+fn note_answer<F: Family>(
+    headers: &Headers<F>,
+    entry: &Flow<F::Address>,
+    state: u8,
+    now: Ticks,
+    decision: &mut Decision<F>,
+) {
+    let is_reply = entry.is_reply();
     if state & state::ANSWERED != 0 {
         if is_reply && headers.tcp_flags & tcp::SYN != 0 {
             decision.flow.replied = headers.sequence.wrapping_add(1);
@@ -165,27 +238,6 @@ pub(super) fn follow_entry<F: Family, T: Tables<F>>(
             decision.flow.replied = 0;
         }
     }
-    let is_numbered_anew = state & state::ANSWERED != 0 && decision.flow.replied != entry.replied;
-    decision.record = if is_embryonic && proves {
-        Record::Promote
-    } else if !is_embryonic && state::has_ended(state) {
-        Record::Demote
-    } else if state == entry.state && now.wrapping_sub(renewed) < RENEW_TICKS && !is_numbered_anew {
-        Record::Nothing
-    } else if is_embryonic {
-        Record::RenewEmbryonic
-    } else {
-        Record::Renew
-    };
-    if state & !entry.state & state::ESTABLISHED != 0 && !entry.translates_source() {
-        select::set_affinity(decision, tables);
-    }
-    // A client that knows the endpoint's number needs no other proof of its identity.
-    let is_known = !is_reply && state & !entry.state & state::ESTABLISHED != 0;
-    decision.depends_on_source = !is_known
-        && (state != entry.state || is_numbered_anew || decision.record == Record::Promote);
-    decision.set(verdict, reason_of_entry(entry));
-    true
 }
 
 /// Reports whether the endpoint of a flow has not been heard from for long although the client has

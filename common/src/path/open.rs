@@ -1,6 +1,6 @@
 //! Packets that open a flow: selects the backend, and the source address that the backend sees.
 
-use crate::abi::{Backend, Class, ServicePort, flow, frontend, listing, phase, side, state};
+use crate::abi::{Backend, Class, ServicePort, Tuple, flow, frontend, listing, phase, side, state};
 use crate::family::Family;
 use crate::packet::header::{protocol, tcp};
 use crate::packet::parse::Headers;
@@ -150,35 +150,25 @@ pub(super) fn open<F: Family, T: Tables<F>>(
         return;
     };
     let is_hairpin = backend.address == key.source || is_egress && backend.is_host();
-    decision.flow.source = key.source;
-    decision.flow.destination = backend.address;
-    decision.flow.destination_port = backend.port;
-    decision.flow.backend = id;
-    decision.flow.generation = backend.generation;
-    decision.flow.seen = tables.now();
-    decision.flow.flags = if is_egress { flow::HOST } else { 0 }
-        | if is_hairpin { flow::HAIRPIN } else { 0 }
-        | if backend.is_local() { flow::LOCAL } else { 0 };
-    if is_hairpin {
-        // The client sees itself as the VIP, so that its answers come back here. A VIP that is an
-        // address of this host would be answered from that address by a socket that names no
-        // source: there, client and server both have the backend's address.
-        decision.flow.source = if is_egress && policy::is_loopback_device::<F, T>(tables) {
-            backend.address
-        } else {
-            key.destination
-        };
-    } else if !keeps_source(hook, is_local, class, port, backend, tables, decision) {
+    lead_to(backend, id, is_hairpin, hook, key, tables, decision);
+    if !is_hairpin && !keeps_source(hook, is_local, class, port, backend, tables, decision) {
         return;
     }
-    let verdict = match (is_hairpin, is_egress) {
+    record_first(hook, headers, decision);
+}
+
+/// Decides what is done with the first packet of a flow that leads to a backend, and what is
+/// recorded.
+#[inline(always)]
+fn record_first<F: Family>(hook: Hook, headers: &Headers<F>, decision: &mut Decision<F>) {
+    let verdict = match (decision.flow.is_hairpin(), hook.is_egress()) {
         (true, true) => Verdict::Inject,
         (true, false) => Verdict::Bounce,
         (false, true) => Verdict::Route,
         (false, false) => Verdict::Translate,
     };
     let tcp_flags = headers.tcp_flags;
-    if key.protocol != protocol::UDP && tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN {
+    if headers.tuple.protocol != protocol::UDP && !is_opening(tcp_flags) {
         decision.set(verdict, Reason::Recovered);
         if tcp_flags & tcp::RST == 0 && !decision.is_foreign {
             decision.record = Record::Establish;
@@ -192,6 +182,40 @@ pub(super) fn open<F: Family, T: Tables<F>>(
         decision.record = Record::Open;
     }
     decision.step = Step::AllocatePort;
+}
+
+/// Makes the decision's flow lead to a backend.
+#[inline(always)]
+fn lead_to<F: Family, T: Tables<F>>(
+    backend: &Backend<F::Address>,
+    id: u32,
+    is_hairpin: bool,
+    hook: Hook,
+    key: &Tuple<F::Address>,
+    tables: &T,
+    decision: &mut Decision<F>,
+) {
+    let is_egress = hook.is_egress();
+    let flow = &mut decision.flow;
+    flow.source = key.source;
+    flow.destination = backend.address;
+    flow.destination_port = backend.port;
+    flow.backend = id;
+    flow.generation = backend.generation;
+    flow.seen = tables.now();
+    flow.flags = if is_egress { flow::HOST } else { 0 }
+        | if is_hairpin { flow::HAIRPIN } else { 0 }
+        | if backend.is_local() { flow::LOCAL } else { 0 };
+    if is_hairpin {
+        // The client sees itself as the VIP, so that its answers come back here. A VIP that is an
+        // address of this host would be answered from that address by a socket that names no
+        // source: there, client and server both have the backend's address.
+        flow.source = if is_egress && policy::is_loopback_device::<F, T>(tables) {
+            backend.address
+        } else {
+            key.destination
+        };
+    }
 }
 
 /// Opens the client's side of a flow where the packet leaves for the backend: gives it an address

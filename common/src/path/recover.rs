@@ -1,6 +1,6 @@
 //! Recovers lost entries by what a client's reset reveals.
 
-use crate::abi::{ServiceKey, flow, frontend, phase, state};
+use crate::abi::{Flow, Origins, ServiceKey, flow, frontend, phase, state};
 use crate::family::Family;
 use crate::packet::header::{protocol, tcp};
 use crate::packet::parse::{Headers, Kind};
@@ -68,6 +68,29 @@ pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
         _ => None,
     };
     // An established entry is proof, a slot is a guess: all entries are tried before any slot.
+    if recovers_by_entry(origins, translated, tables, decision)
+        || translated.is_none()
+            && !(packet.protocol == protocol::TCP && tables.translated_at_socket())
+            && recovers_by_slot(headers, origins, is_wrong_guess, tables, decision)
+    {
+        decision.set(Verdict::Drop, Reason::ReplyRecovered);
+        decision.record = Record::Establish;
+        decision.depends_on_source = true;
+        return true;
+    }
+    decision.key = *packet;
+    false
+}
+
+/// Looks for a client's entry that leads to the endpoint, at each frontend of the endpoint. Reports
+/// whether there is one, and makes the decision's flow of it.
+#[inline(always)]
+fn recovers_by_entry<F: Family, T: Tables<F>>(
+    origins: &Origins<F::Address>,
+    translated: Option<&Flow<F::Address>>,
+    tables: &T,
+    decision: &mut Decision<F>,
+) -> bool {
     for origin in &origins.frontends {
         if origin.port == 0 {
             break;
@@ -81,18 +104,26 @@ pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
         {
             decision.flow = *entry;
             decision.flow.seen = tables.now();
-            decision.set(Verdict::Drop, Reason::ReplyRecovered);
-            decision.record = Record::Establish;
-            decision.depends_on_source = true;
             return true;
         }
     }
+    false
+}
+
+/// Looks for a frontend without an entry whose slot leads to the endpoint. After a wrong guess, the
+/// search goes on behind the frontend that was guessed. Reports whether there is one.
+#[inline(always)]
+fn recovers_by_slot<F: Family, T: Tables<F>>(
+    headers: &Headers<F>,
+    origins: &Origins<F::Address>,
+    is_wrong_guess: bool,
+    tables: &T,
+    decision: &mut Decision<F>,
+) -> bool {
+    let packet = &headers.tuple;
     let mut is_next = !is_wrong_guess;
     for origin in &origins.frontends {
-        if origin.port == 0
-            || translated.is_some()
-            || packet.protocol == protocol::TCP && tables.translated_at_socket()
-        {
+        if origin.port == 0 {
             break;
         }
         if !is_next {
@@ -106,13 +137,9 @@ pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
             && tables.embryonic(&decision.key).is_none()
             && guess(headers.sequence, tables, decision)
         {
-            decision.set(Verdict::Drop, Reason::ReplyRecovered);
-            decision.record = Record::Establish;
-            decision.depends_on_source = true;
             return true;
         }
     }
-    decision.key = *packet;
     false
 }
 

@@ -4,7 +4,10 @@
 //! socket's cookie. A socket that sends again stays with its backend as long as that serves,
 //! whatever becomes of the service port's table.
 
-use crate::abi::{self, ServiceKey, Tuple, detect_local, frontend, listing, masquerade, phase};
+use crate::abi::{
+    self, ServiceKey, ServicePort, Settings, Tuple, detect_local, frontend, listing, masquerade,
+    phase,
+};
 use crate::family::{Family, mix};
 use crate::maglev;
 use crate::packet::header::protocol;
@@ -71,17 +74,7 @@ pub fn choose<F: Family, T: Tables<F>>(
     if settings.phase != phase::SERVE && is_left_to_netfilter(settings.phase, key.protocol) {
         return Choice::Untouched;
     }
-    let is_cluster_ip = kind == frontend::CLUSTER_IP;
-    let masqueraded = !is_host
-        && (settings.masquerade == masquerade::ALL
-            || settings.masquerade == masquerade::KUBE_PROXY && !is_cluster_ip);
-    let restricted = kind == frontend::LOAD_BALANCER && port.restricts_sources();
-    // The backends that the pod may reach depend on whether it counts as inside.
-    let in_question = !is_host
-        && !is_cluster_ip
-        && port.is_external_local()
-        && !policy::is_known_at_the_socket::<F>(settings);
-    if port.affinity_seconds != 0 || restricted || masqueraded || in_question {
+    if needs_packets::<F>(kind, is_host, port, settings) {
         return Choice::Untouched;
     }
     // As in the packet path: without a detector, local pods are clients like any other.
@@ -108,6 +101,28 @@ pub fn choose<F: Family, T: Tables<F>>(
         Some((id, backend)) => Choice::Backend { id, backend: *backend },
         None => Choice::Refuse { service_port },
     }
+}
+
+/// Reports whether only packets show what a frontend of this kind does with a call: its client's
+/// address decides, or is changed.
+#[inline(always)]
+fn needs_packets<F: Family>(
+    kind: u32,
+    is_host: bool,
+    port: &ServicePort,
+    settings: &Settings,
+) -> bool {
+    let is_cluster_ip = kind == frontend::CLUSTER_IP;
+    let is_masqueraded = !is_host
+        && (settings.masquerade == masquerade::ALL
+            || settings.masquerade == masquerade::KUBE_PROXY && !is_cluster_ip);
+    let is_restricted = kind == frontend::LOAD_BALANCER && port.restricts_sources();
+    // The backends that the pod may reach depend on whether it counts as inside.
+    let depends_on_side = !is_host
+        && !is_cluster_ip
+        && port.is_external_local()
+        && !policy::is_known_at_the_socket::<F>(settings);
+    port.affinity_seconds != 0 || is_restricted || is_masqueraded || depends_on_side
 }
 
 /// Reports whether a takeover or release leaves calls of this protocol to packets. A connect()

@@ -86,7 +86,7 @@ macro_rules! plan_maps {
             $shared:ident as $Shared:ident: $name:literal, $SharedKey:ty => $SharedValue:ty;)*
         }
     ) => {
-        /// What all maps of the plan hold. Equal images are equal maps.
+        /// The content of all maps of the plan. Equal images are equal maps.
         #[derive(Clone, Debug, Default, PartialEq, Eq)]
         pub struct Image {
             /// The IPv4 maps.

@@ -39,7 +39,7 @@ impl Dataplane for Memory {
 pub struct Faulty<D> {
     /// The dataplane that carries out the other writes.
     pub inner: D,
-    /// How many of 256 writes fail, on average.
+    /// The number of 256 writes that fail, on average.
     pub failures: u8,
     random: u64,
 }

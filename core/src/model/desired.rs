@@ -72,7 +72,7 @@ pub struct DesiredPort {
     pub drops: [bool; 3],
     /// Its traffic policies.
     pub policies: Policies,
-    /// How many seconds a client stays with its endpoint; 0 without affinity.
+    /// The seconds for which a client stays with its endpoint; 0 without affinity.
     pub affinity_seconds: u32,
     /// The sources that may use the load balancer's addresses; [`None`] if all may.
     pub sources: Option<BTreeSet<IpNet>>,

@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use ipnet::IpNet;
 
 /// Namespace and name of an object.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectName {
     /// The namespace; empty for objects without one.
     pub namespace: Arc<str>,
@@ -211,7 +211,8 @@ pub struct ServiceSpec {
     pub external_ips: Vec<Address>,
     /// The sources that may use the load balancer's addresses, valid or not; if empty, all may.
     pub source_ranges: Vec<Box<str>>,
-    /// How many seconds a client stays with its endpoint, valid or not; [`None`] without affinity.
+    /// The seconds for which a client stays with its endpoint, valid or not; [`None`] without
+    /// affinity.
     pub affinity_seconds: Option<i32>,
     /// The traffic policy for clients of the ClusterIPs; empty means `Cluster`.
     pub internal_policy: Box<str>,
@@ -248,7 +249,7 @@ pub struct Slice {
     pub parts: Vec<SlicePart>,
     /// The number of its endpoints that have several addresses, of which the first counts.
     pub surplus: usize,
-    /// When its last change was caused, according to its controller.
+    /// The time at which its last change was caused, according to its controller.
     pub triggered: Option<SystemTime>,
 }
 

@@ -58,8 +58,8 @@ pub enum Level {
 /// Declares the flaws, each with its name, word, level and sentence.
 macro_rules! flaws {
     ($($(#[doc = $doc:literal])* $name:ident = $word:literal, $level:ident;)*) => {
-        /// What can be wrong with an object: at once a metric's label, a word in `sluice status`
-        /// and, as it is written here, the reason of Events.
+        /// A problem with an object: at once a metric's label, a word in `sluice status` and, as it
+        /// is written here, the reason of Events.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum Flaw { $($(#[doc = $doc])* $name,)* }
 
@@ -164,9 +164,9 @@ flaws! {
 pub struct Note {
     /// The field's path; empty if it is the whole.
     pub field: String,
-    /// What is wrong.
+    /// The problem.
     pub flaw: Flaw,
-    /// What was found and what follows from it, as text.
+    /// The finding and its consequence, as text.
     pub message: String,
 }
 
@@ -180,11 +180,11 @@ impl Note {
 /// A note with its subject and the time at which it was first made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
-    /// What it is about.
+    /// The subject.
     pub subject: Subject,
-    /// What is wrong.
+    /// The problem.
     pub note: Note,
-    /// When it was first noticed.
+    /// The time at which it was first noticed.
     pub since: SystemTime,
 }
 
@@ -212,7 +212,7 @@ pub enum Author {
     Plan(ObjectName),
 }
 
-/// How many notes of one kind about one subject are kept; more are only counted.
+/// The number of notes of one kind about one subject that are kept; more are only counted.
 const KEPT: usize = 8;
 
 /// Collects notes. Of many similar ones, some are kept and the rest are counted.

@@ -8,12 +8,12 @@ use sluice_common::abi::{Backend, Service, ServiceKey, ServicePort};
 use crate::image::map::{self, PlanMap};
 use crate::image::{Image, Stack, Write, diff};
 
-/// What an update touches.
+/// The entries that an update touches.
 #[derive(Debug, Default)]
 pub(super) struct Draft {
-    /// What it touches, as it was before. What it has inserted is missing.
+    /// The entries before the update. Those that it has inserted are missing.
     before: Image,
-    /// What it touches, as it is now. What it has removed is missing.
+    /// The entries as they are now. Those that it has removed are missing.
     after: Image,
     /// Frontends that the update inserts.
     pub(super) inserted: u32,

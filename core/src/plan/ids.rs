@@ -41,8 +41,8 @@ impl PortIds {
     }
 }
 
-/// How many retired backends keep their ids while unused ids are left. A backend that was replaced
-/// that many pods ago has drained.
+/// The number of retired backends that keep their ids while unused ids are left. A backend that was
+/// replaced that many pods ago has drained.
 const RETIRED_KEPT: usize = 16_384;
 
 /// Identifies a backend within its family: service port, address, port.

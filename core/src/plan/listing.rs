@@ -9,7 +9,7 @@ use sluice_common::{V4, V6};
 
 use crate::image::lane;
 
-/// How many removed frontends keep their bit, so that their connections drain.
+/// The number of removed frontends that keep their bit, so that their connections drain.
 const LINGERING: usize = 1_024;
 
 /// Removed frontends that keep their bit, oldest first.

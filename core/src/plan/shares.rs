@@ -21,7 +21,7 @@ use std::sync::Arc;
 /// A namespace gets more while it holds less than this many times what is free.
 const SHARE: u64 = 31;
 
-/// How much of one resource each namespace holds.
+/// Each namespace's share of one resource.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Shares(BTreeMap<Arc<str>, u32>);
 

@@ -1,18 +1,18 @@
 //! Tables whose layout changes: both layouts are read, and one is written (see [`previous`]).
 //!
-//! Which one is a constant that is set when the programs are loaded. The verifier leaves out what
-//! does not apply, so that settled programs contain nothing of this. In the other rounds the work
-//! is done by global functions, checked once and by themselves, with key and value in a map: the
-//! path has too many lookups to follow two tables through each.
+//! The layout that is written is a constant that is set when the programs are loaded. The verifier
+//! leaves out what does not apply, so that settled programs contain nothing of this. In the other
+//! rounds the work is done by global functions, checked once and by themselves, with key and value
+//! in a map: the path has too many lookups to follow two tables through each.
 
 use core::marker::PhantomData;
-use core::ptr;
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::btf_maps::{LruHashMap, PerCpuArray};
 use sluice_common::abi::previous::{Moved, Round};
 use sluice_common::abi::{Affinity, AffinityKey, EMBRYONIC_MAX, FLOWS_MAX, Flow, Tuple, previous};
-use sluice_common::engine::record::Renewal;
+use sluice_common::engine::layouts::{Both, Store, Written};
+use sluice_common::engine::record::{InsertError, Renewal};
 use sluice_common::path::leads_to;
 use sluice_common::{Family, V4, V6};
 
@@ -21,6 +21,7 @@ use super::maps::{AFFINITIES, old};
 const NOEXIST: u64 = BPF_NOEXIST as u64;
 const ANY: u64 = BPF_ANY as u64;
 const EEXIST: i32 = -17;
+const E2BIG: i32 = -7;
 
 /// Bits of a [`Renewal`].
 const IS_REPLY: u32 = 1;
@@ -49,92 +50,79 @@ pub(super) struct Slot<K, V: Moved> {
 /// Slots for `flows` (and affinity) and for `embryonic`.
 pub(super) type Slots<K, V> = PerCpuArray<Slot<K, V>, 2>;
 
-/// A table in both layouts.
-struct Both<K: 'static, V: Moved + 'static, const N: usize> {
-    now: &'static LruHashMap<K, V, N>,
-    before: &'static LruHashMap<K, V::Before, N>,
-}
+/// A table of one layout.
+struct Map<K: 'static, V: 'static, const N: usize>(&'static LruHashMap<K, V, N>);
 
-impl<K: 'static, V: Moved + 'static, const N: usize> Both<K, V, N> {
-    /// Fills the slot with the value of its key from whichever layout has it; if both have, from
-    /// the one that is written.
+impl<K, V, const N: usize> Store<K, V> for Map<K, V, N> {
     #[inline(always)]
-    fn find(&self, slot: &mut Slot<K, V>) -> bool {
+    fn get(&self, key: &K) -> Option<&V> {
         // SAFETY: entries are plain data, readable under RCU.
-        let (now, before) = unsafe { (self.now.get(&slot.key), self.before.get(&slot.key)) };
-        let now = match (now, before) {
-            (Some(now), None) => now,
-            (Some(now), Some(_)) if is_round(Round::WritesCurrent) => now,
-            (_, Some(before)) => {
-                slot.now = V::after(before);
-                return true;
-            }
-            (None, None) => return false,
-        };
-        // SAFETY: an entry lies in another map than the slot. An assignment would call `memmove`,
-        // whose stack frame 6.1 has no room for.
-        unsafe { ptr::copy_nonoverlapping(now, &raw mut slot.now, 1) };
+        unsafe { self.0.get(key) }
+    }
+
+    #[inline(always)]
+    fn insert(&self, key: &K, value: &V, only_new: bool) -> Result<(), InsertError> {
+        match self.0.insert(key, value, if only_new { NOEXIST } else { ANY }) {
+            Ok(()) => Ok(()),
+            Err(EEXIST) => Err(InsertError::Exists),
+            Err(_) => Err(InsertError::Full),
+        }
+    }
+
+    #[inline(always)]
+    fn remove(&self, key: &K) {
+        let _ = self.0.remove(key);
+    }
+
+    #[inline(always)]
+    fn update(&self, key: &K, change: impl FnOnce(&mut V)) -> bool {
+        let Some(entry) = self.0.get_ptr_mut(key) else { return false };
+        // SAFETY: the entry is there under RCU. A concurrent writer may win: both bring it up to
+        // date.
+        change(unsafe { &mut *entry });
         true
     }
+}
 
-    /// Writes the slot's value in the layout of this round, and removes it from the other.
-    #[inline(always)]
-    fn put(&self, slot: &mut Slot<K, V>, flags: u64) -> Result<(), i32> {
-        let writes_current = is_round(Round::WritesCurrent);
-        let is_elsewhere = if writes_current {
-            self.before.get_ptr(&slot.key).is_some()
-        } else {
-            self.now.get_ptr(&slot.key).is_some()
-        };
-        if is_elsewhere && flags == NOEXIST {
-            return Err(EEXIST);
-        }
-        if writes_current {
-            self.now.insert(&slot.key, &slot.now, flags)?;
-            let _ = self.before.remove(&slot.key);
-        } else {
-            slot.before = slot.now.before();
-            self.before.insert(&slot.key, &slot.before, flags)?;
-            let _ = self.now.remove(&slot.key);
-        }
-        Ok(())
-    }
+/// The layout that the programs of this round write.
+struct OfRound;
 
-    /// Removes the slot's key from both layouts.
+impl Written for OfRound {
     #[inline(always)]
-    fn take(&self, slot: &Slot<K, V>) {
-        let _ = self.before.remove(&slot.key);
-        let _ = self.now.remove(&slot.key);
+    fn is_current(&self) -> bool {
+        is_round(Round::WritesCurrent)
     }
 }
 
-impl<A: Copy + Eq + 'static, const N: usize> Both<Tuple<A>, Flow<A>, N>
-where
-    Flow<A>: Moved<Before = previous::Flow<A>>,
-{
-    /// Updates the slot's entry in place if it leads the same way. Returns false if it is missing.
-    #[inline(always)]
-    fn renew(&self, slot: &Slot<Tuple<A>, Flow<A>>, renewal: Renewal) -> bool {
-        let mut found = false;
-        // SAFETY: entries are there under RCU. A concurrent writer may win: both bring it up to
-        // date.
-        unsafe {
-            if let Some(entry) = self.now.get_ptr_mut(&slot.key) {
-                if leads_to(&*entry, &slot.now) {
-                    renewal.apply(&mut *entry, &slot.now);
-                }
-                found = true;
-            }
-            if let Some(entry) = self.before.get_ptr_mut(&slot.key) {
-                let mut after = Flow::after(&*entry);
-                if leads_to(&after, &slot.now) {
-                    renewal.apply(&mut after, &slot.now);
-                    *entry = after.before();
-                }
-                found = true;
-            }
-        }
-        found
+/// A table in both layouts.
+type BothMaps<K, V, const N: usize> = Both<Map<K, V, N>, Map<K, <V as Moved>::Before, N>, OfRound>;
+
+/// Returns a table in both layouts.
+#[inline(always)]
+fn both<K, V: Moved, const N: usize>(
+    now: &'static LruHashMap<K, V, N>,
+    before: &'static LruHashMap<K, V::Before, N>,
+) -> BothMaps<K, V, N> {
+    Both { now: Map(now), before: Map(before), written: OfRound }
+}
+
+/// Fills the slot with the value of its key.
+#[inline(always)]
+fn find<K, V: Moved, const N: usize>(both: &BothMaps<K, V, N>, slot: &mut Slot<K, V>) -> bool {
+    both.find(&slot.key, &mut slot.now)
+}
+
+/// Writes the slot's value. Returns an error as the map's helpers do.
+#[inline(always)]
+fn put<K, V: Moved, const N: usize>(
+    both: &BothMaps<K, V, N>,
+    slot: &mut Slot<K, V>,
+    only_new: bool,
+) -> i32 {
+    match both.put(&slot.key, &slot.now, &mut slot.before, only_new) {
+        Ok(()) => 0,
+        Err(InsertError::Exists) => EEXIST,
+        Err(InsertError::Full) => E2BIG,
     }
 }
 
@@ -162,9 +150,9 @@ macro_rules! moving {
             // SAFETY: this CPU's own; callers hold no reference to it.
             let slot = unsafe { &mut *slot };
             u32::from(if index == 0 {
-                Both { now: &super::maps::$flows, before: &old::$old_flows }.find(slot)
+                find(&both(&super::maps::$flows, &old::$old_flows), slot)
             } else {
-                Both { now: &super::maps::$embryonic, before: &old::$old_embryonic }.find(slot)
+                find(&both(&super::maps::$embryonic, &old::$old_embryonic), slot)
             })
         }
 
@@ -174,16 +162,11 @@ macro_rules! moving {
             let Some(slot) = old::$slots.get_ptr_mut(index) else { return EEXIST };
             // SAFETY: as above.
             let slot = unsafe { &mut *slot };
-            let flags = if is_new != 0 { NOEXIST } else { ANY };
-            let result = if index == 0 {
-                Both { now: &super::maps::$flows, before: &old::$old_flows }.put(slot, flags)
+            let only_new = is_new != 0;
+            if index == 0 {
+                put(&both(&super::maps::$flows, &old::$old_flows), slot, only_new)
             } else {
-                Both { now: &super::maps::$embryonic, before: &old::$old_embryonic }
-                    .put(slot, flags)
-            };
-            match result {
-                Ok(()) => 0,
-                Err(error) => error,
+                put(&both(&super::maps::$embryonic, &old::$old_embryonic), slot, only_new)
             }
         }
 
@@ -194,9 +177,9 @@ macro_rules! moving {
             // SAFETY: as above.
             let slot = unsafe { &*slot };
             if index == 0 {
-                Both { now: &super::maps::$flows, before: &old::$old_flows }.take(slot);
+                both(&super::maps::$flows, &old::$old_flows).take(&slot.key);
             } else {
-                Both { now: &super::maps::$embryonic, before: &old::$old_embryonic }.take(slot);
+                both(&super::maps::$embryonic, &old::$old_embryonic).take(&slot.key);
             }
             0
         }
@@ -212,10 +195,10 @@ macro_rules! moving {
             // SAFETY: as above.
             let slot = unsafe { &*slot };
             u32::from(if index == 0 {
-                Both { now: &super::maps::$flows, before: &old::$old_flows }.renew(slot, renewal)
+                both(&super::maps::$flows, &old::$old_flows).renew(&slot.key, &slot.now, renewal)
             } else {
-                Both { now: &super::maps::$embryonic, before: &old::$old_embryonic }
-                    .renew(slot, renewal)
+                both(&super::maps::$embryonic, &old::$old_embryonic)
+                    .renew(&slot.key, &slot.now, renewal)
             })
         }
 
@@ -402,8 +385,7 @@ impl<A: Copy + 'static> AffinityTable<A> {
         // SAFETY: this CPU's own.
         unsafe {
             (*slot).key = *key;
-            let table = Both { now: self.now, before: self.before };
-            if table.find(&mut *slot) { Some(&(*slot).now) } else { None }
+            if find(&both(self.now, self.before), &mut *slot) { Some(&(*slot).now) } else { None }
         }
     }
 
@@ -423,7 +405,10 @@ impl<A: Copy + 'static> AffinityTable<A> {
         unsafe {
             (*slot).key = *key;
             (*slot).now = *value;
-            Both { now: self.now, before: self.before }.put(&mut *slot, flags)
+            match put(&both(self.now, self.before), &mut *slot, flags == NOEXIST) {
+                0 => Ok(()),
+                error => Err(error),
+            }
         }
     }
 }

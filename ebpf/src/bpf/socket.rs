@@ -8,7 +8,7 @@ use aya_ebpf::helpers::generated::{
     bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval, bpf_sk_storage_get,
 };
 use sluice_common::abi::{
-    CALLER_TICKS, CallerKey, Flow, Ipv4Address, Ipv6Address, Peer, ServiceKey, socket_path,
+    Backend, CALLER_TICKS, CallerKey, Flow, Ipv4Address, Ipv6Address, Peer, ServiceKey, socket_path,
 };
 use sluice_common::event::{At, Fate, Wide};
 use sluice_common::packet::header::protocol::{TCP, UDP};
@@ -316,59 +316,65 @@ fn translate<F: Maps + Wide>(
             Outcome::Untouched
         }
         _ if !is_translated_here::<F>(ctx, &key) => Outcome::Untouched,
+        // The packet path answers datagrams with ICMP.
+        Choice::Refuse { .. } if protocol != TCP => Outcome::Untouched,
         Choice::Refuse { service_port } => {
-            if protocol == TCP {
-                count::reason(Reason::SocketRefused, service_port, 0);
-                let refused = Flow { service_port, ..untranslated::<F>(&key) };
-                events::call::<F>(
-                    At::Connect,
-                    Reason::SocketRefused,
-                    Fate::Rejected,
-                    TCP,
-                    &refused,
-                    &refused,
-                );
-                Outcome::Refused
-            } else {
-                // The packet path answers with ICMP.
-                Outcome::Untouched
-            }
+            count::reason(Reason::SocketRefused, service_port, 0);
+            let refused = Flow { service_port, ..untranslated::<F>(&key) };
+            events::call::<F>(
+                At::Connect,
+                Reason::SocketRefused,
+                Fate::Rejected,
+                TCP,
+                &refused,
+                &refused,
+            );
+            Outcome::Refused
         }
-        Choice::Backend { id, backend } => {
-            let asked = untranslated::<F>(&key);
-            let peer = Peer {
-                frontend: address,
-                backend: backend.address,
-                frontend_port: port,
-                backend_port: backend.port,
-                id,
-                generation: backend.generation,
-                reserved: 0,
-                asked: 0,
-            };
-            let Some(known) = keep_peer::<F>(ctx, peer, protocol) else {
-                return Outcome::Untouched;
-            };
-            count::call::<F>(id);
-            // A datagram to the same backend as the one before is not an event.
-            if !known {
-                let (at, reason) = if protocol == TCP {
-                    (At::Connect, Reason::SocketConnect)
-                } else {
-                    (At::Send, Reason::SocketSend)
-                };
-                let to = Flow {
-                    destination: backend.address,
-                    destination_port: backend.port,
-                    backend: id,
-                    service_port: backend.service_port,
-                    ..asked
-                };
-                events::call::<F>(at, reason, Fate::Forwarded, protocol, &asked, &to);
-            }
-            Outcome::To(backend.address, backend.port)
-        }
+        Choice::Backend { id, backend } => call_backend::<F>(ctx, &key, id, &backend),
     }
+}
+
+/// Records that a call goes to a backend instead of a frontend.
+#[inline(always)]
+fn call_backend<F: Maps + Wide>(
+    ctx: *mut bpf_sock_addr,
+    key: &ServiceKey<F::Address>,
+    id: u32,
+    backend: &Backend<F::Address>,
+) -> Outcome<F::Address> {
+    let peer = Peer {
+        frontend: key.address,
+        backend: backend.address,
+        frontend_port: key.port,
+        backend_port: backend.port,
+        id,
+        generation: backend.generation,
+        reserved: 0,
+        asked: 0,
+    };
+    let Some(known) = keep_peer::<F>(ctx, peer, key.protocol) else {
+        return Outcome::Untouched;
+    };
+    count::call::<F>(id);
+    // A datagram to the same backend as the one before is not an event.
+    if !known {
+        let (at, reason) = if key.protocol == TCP {
+            (At::Connect, Reason::SocketConnect)
+        } else {
+            (At::Send, Reason::SocketSend)
+        };
+        let asked = untranslated::<F>(key);
+        let to = Flow {
+            destination: backend.address,
+            destination_port: backend.port,
+            backend: id,
+            service_port: backend.service_port,
+            ..asked
+        };
+        events::call::<F>(at, reason, Fate::Forwarded, key.protocol, &asked, &to);
+    }
+    Outcome::To(backend.address, backend.port)
 }
 
 /// Returns the frontend that a socket asked for, given the backend's address.

@@ -9,6 +9,7 @@ use sluice_core::policy::{Policy, SocketPath};
 use tokio::sync::watch;
 
 use crate::daemon::attacher::{Attacher, Attachments, Inputs};
+use crate::daemon::audit::Drift;
 use crate::daemon::routes::{OwnDevice, route_vips};
 use crate::node::dataplane::{Hooks, RouteMtus};
 use crate::node::devices::Rules;
@@ -16,7 +17,7 @@ use crate::node::devices::own::{OwnRoutes, Routable};
 use crate::node::devices::pattern::Patterns;
 use crate::node::devices::watch::{Watched, watch as watch_devices};
 
-/// What the tasks begin with.
+/// The values that the tasks begin with.
 pub(super) struct Start {
     pub(super) patterns: Patterns,
     pub(super) policy: Policy,
@@ -32,6 +33,7 @@ pub(super) struct Start {
     /// Whether the maps hold an image.
     pub(super) filled: bool,
     pub(super) proc_sys: PathBuf,
+    pub(super) drift: Drift,
 }
 
 /// The loop's ends of the tasks' channels. The tasks end with them.
@@ -67,11 +69,13 @@ impl DeviceTasks {
             routable_of_task,
             watched.clone(),
             routing_of_task,
+            start.drift.clone(),
         ));
 
         let (filled, filled_of_task) = watch::channel(start.filled);
         let (attachments_of_task, attachments) = watch::channel(Attachments::default());
-        let attacher = Attacher::new(start.hooks, start.socket_path.word(), start.cgroup);
+        let attacher =
+            Attacher::new(start.hooks, start.socket_path.word(), start.cgroup, start.drift);
         let inputs = Inputs { watched: watched.clone(), routing, filled: filled_of_task };
         let _attacher = tokio::spawn(attacher.run(inputs, attachments_of_task));
         Self { rules, routable, filled, watched, own_device, attachments }

@@ -33,13 +33,13 @@ pub struct Options {
     pub socket_path: SocketPath,
     /// The command line that these options come from.
     pub invocation: Invocation,
-    /// How uplinks use XDP.
+    /// The XDP mode of uplinks.
     pub xdp: Xdp,
     /// The layout in which the maps are written.
     pub layout: Layout,
     /// A directory of manifests.
     pub manifests: Option<PathBuf>,
-    /// How to reach the API server, if it is a source.
+    /// The connection to the API server, if it is a source.
     pub kubernetes: Option<kubernetes::Settings>,
     /// Serve only Services with this proxy name, instead of those without one.
     pub proxy_name: Option<String>,
@@ -49,17 +49,17 @@ pub struct Options {
     pub monitor: monitor::Settings,
     /// Settings for the kernel's connection tracking.
     pub conntrack: Limits,
-    /// Where the kernel's settings are written: `/proc/sys`, or the node's, mounted elsewhere.
+    /// The directory of the kernel's settings: `/proc/sys`, or the node's, mounted elsewhere.
     pub proc_sys: PathBuf,
     /// The value for `/proc/self/oom_score_adj`.
     pub oom_score_adj: Option<i32>,
     /// Whether to take over from netfilter at the start.
     pub takeover: bool,
-    /// How the agent notices changed options.
+    /// The means of detecting changed options.
     pub reload: Reload,
 }
 
-/// How the agent notices that its options have changed.
+/// The means by which the agent detects that its options have changed.
 #[derive(Clone)]
 pub struct Reload {
     /// Whether to check periodically, and not only on SIGHUP.

@@ -20,7 +20,7 @@ use crate::node::devices::loopback;
 use crate::node::devices::own::OwnRoutes;
 use crate::node::{fragments, host, ipsec, ports, status};
 
-/// Where ports are kept from the node's own sockets.
+/// The setting that keeps ports from the node's own sockets.
 #[derive(Debug)]
 pub(super) struct ReservedPorts {
     sysctls: PathBuf,

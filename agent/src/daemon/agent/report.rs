@@ -20,6 +20,7 @@ impl Agent {
         self.is_attached()
             && self.settings.phase & phase::MASK == phase::SERVE
             && self.sync.refused_for_room() == 0
+            && self.drift.unrepaired().is_empty()
     }
 
     /// Whether the maps hold what the sources say, and the programs are attached.
@@ -50,6 +51,7 @@ impl Agent {
         status.reports.extend(self.side_tasks.failing_services());
         status.last_sync = self.sync.last();
         status.failing = self.sync.failing();
+        status.drift = self.drift.status();
         status.problems = self
             .refused
             .iter()
@@ -97,6 +99,7 @@ impl Agent {
             ));
         }
         waiting_for.extend(self.sync.failing());
+        waiting_for.extend(self.drift.unrepaired());
         waiting_for
     }
 

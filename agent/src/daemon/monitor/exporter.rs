@@ -147,7 +147,7 @@ impl Shared {
     }
 }
 
-/// What was found at the time of a request.
+/// The findings at the time of a request.
 #[derive(Debug)]
 struct Found {
     view: Option<View>,

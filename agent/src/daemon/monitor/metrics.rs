@@ -17,6 +17,7 @@ use prometheus_client::registry::Registry;
 use sluice_core::model::Change;
 use sluice_core::model::object::{ObjectName, SliceKind};
 
+use crate::daemon::audit::Counted;
 use crate::daemon::source::kubernetes::Requests;
 
 type Seconds = Gauge<f64, AtomicU64>;
@@ -39,10 +40,11 @@ pub struct Metrics {
     endpoint_changes: Counter,
     endpoint_pending: Gauge,
     failures: Counter,
+    drift: Counted,
     healthz: Family<Code, Counter>,
     livez: Family<Code, Counter>,
-    /// When the last change of each slice was caused, and the causes of changes that are not in the
-    /// maps yet.
+    /// The time at which the last change of each slice was caused, and the causes of changes that
+    /// are not in the maps yet.
     triggers: Mutex<Triggers>,
 }
 
@@ -99,6 +101,11 @@ impl Metrics {
             "Writes to the maps that failed and were retried",
             Counter::default(),
         );
+        let drift = Registrar(&mut registry).add(
+            "sluice_drift",
+            "What the audit found to be not as the agent had made it, repaired or not",
+            Counted::default(),
+        );
         let mut of = Registrar(registry.sub_registry_with_prefix("kubeproxy"));
         Self {
             started: SystemTime::now(),
@@ -145,9 +152,15 @@ impl Metrics {
             healthz: of.add("proxy_healthz", "Answers of /healthz by status", Family::default()),
             livez: of.add("proxy_livez", "Answers of /livez by status", Family::default()),
             failures,
+            drift,
             triggers: Mutex::default(),
             registry,
         }
+    }
+
+    /// Returns the counter of what the audit finds.
+    pub(crate) fn drift(&self) -> Counted {
+        self.drift.clone()
     }
 
     pub(super) fn registry(&self) -> &Registry {

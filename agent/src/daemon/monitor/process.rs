@@ -1,4 +1,4 @@
-//! What this process uses, under the names that every Prometheus client has for it.
+//! This process's use of resources, under the names that every Prometheus client has for it.
 
 use std::fmt;
 use std::time::Duration;

@@ -26,7 +26,7 @@ pub enum Detail {
     Backend,
 }
 
-/// Who counted.
+/// The path that counted.
 const PACKET: &str = "packet";
 const SOCKET: &str = "socket";
 /// From clients, and to them.

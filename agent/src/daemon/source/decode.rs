@@ -23,7 +23,7 @@ pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 /// The label of Services without a virtual address.
 pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 /// The label with the Service of a slice.
-const SERVICE_LABEL: &str = "kubernetes.io/service-name";
+pub(super) const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 /// The label with the controller that manages a slice.
 const MANAGED_BY_LABEL: &str = "endpointslice.kubernetes.io/managed-by";
 /// The controller that makes slices from the pods of a selector.
@@ -101,9 +101,9 @@ pub struct Meta {
     pub labels: Option<BTreeMap<String, Option<String>>>,
     /// The object's annotations.
     pub annotations: Option<BTreeMap<String, Option<String>>>,
-    /// When the object was created, as in RFC 3339.
+    /// The time at which the object was created, as in RFC 3339.
     pub creation_timestamp: Option<String>,
-    /// When the object's deletion began, as in RFC 3339.
+    /// The time at which the object's deletion began, as in RFC 3339.
     pub deletion_timestamp: Option<String>,
 }
 
@@ -181,7 +181,7 @@ impl Decoder {
     ///
     /// # Errors
     ///
-    /// When a field has a type that the API server would refuse.
+    /// Fails if a field has a type that the API server would refuse.
     pub fn decode(
         &mut self,
         kind: Kind,

@@ -49,7 +49,7 @@ const PATIENCE: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_mi
 /// trimmed.
 const PAGE: u32 = 100;
 
-/// How to reach the API server, and which objects to read.
+/// The connection to the API server, and the objects to read.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
     /// A kubeconfig; otherwise `$KUBECONFIG`, `~/.kube/config`, or the pod's own account.
@@ -64,7 +64,7 @@ pub struct Settings {
     /// They are not read if networks are given, or next to another proxy, whose Services have
     /// addresses in them too.
     pub service_cidrs: bool,
-    /// Where requests are counted.
+    /// The counter of requests.
     pub requests: Requests,
 }
 
@@ -74,9 +74,9 @@ pub enum ConnectError {
     /// There is no usable configuration.
     #[error("no configuration for the API server (tried {tried}): {cause}")]
     Config {
-        /// Where it was looked for.
+        /// The places that were searched.
         tried: String,
-        /// Why that failed.
+        /// The cause.
         cause: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The given address is not valid.
@@ -84,7 +84,7 @@ pub enum ConnectError {
     Address {
         /// The given address.
         address: String,
-        /// What is wrong with it.
+        /// The cause.
         cause: http::uri::InvalidUri,
     },
     /// The client cannot be made, for example from unreadable certificates.
@@ -101,7 +101,7 @@ pub enum ConnectError {
 ///
 /// # Errors
 ///
-/// When there is no configuration, or it is unusable.
+/// Fails if there is no configuration, or it is unusable.
 pub async fn connect(settings: &Settings) -> Result<Client, ConnectError> {
     let mut config = match &settings.kubeconfig {
         Some(path) => {
@@ -166,7 +166,7 @@ pub struct ListError {
 ///
 /// # Errors
 ///
-/// When a list fails, except that of ServiceCIDRs, which not every server has.
+/// Fails if a list cannot be read, except that of ServiceCIDRs, which not every server has.
 pub async fn list(client: Client, settings: &Settings) -> Result<Vec<Event>, ListError> {
     let kinds = kinds(settings);
     let mut missing: Vec<Kind> = kinds.iter().map(|(kind, _)| *kind).collect();
@@ -351,7 +351,7 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// What is known of one kind of objects.
+/// The known objects of one kind.
 #[derive(Debug, Default)]
 struct Known {
     names: BTreeSet<ObjectName>,

@@ -21,19 +21,19 @@ pub use folder::Folder;
 
 use super::Pulse;
 
-/// How long the directory must be quiet before it is read: editors and `kubectl` write in several
-/// steps.
+/// The time for which the directory must be quiet before it is read: editors and `kubectl` write in
+/// several steps.
 const QUIET: Duration = Duration::from_millis(100);
 /// After this long the directory is read even if it is not quiet.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How often the directory is checked without an event: some file systems send none.
+/// The interval at which the directory is checked without an event: some file systems send none.
 const POLL: Duration = Duration::from_secs(10);
 
 /// Reads a directory once.
 ///
 /// # Errors
 ///
-/// When the directory itself cannot be read.
+/// Fails if the directory itself cannot be read.
 pub fn read(path: &Path) -> std::io::Result<Vec<Event>> {
     let mut folder = Folder::new(path.to_owned());
     let mut changes = folder.scan()?;

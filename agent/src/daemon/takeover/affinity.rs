@@ -15,12 +15,12 @@ use sluice_core::image::{Image, Stack};
 use crate::node::dataplane::{KernelStack, Maps, Visit};
 use crate::node::nft;
 
-/// Where the kernel shows the lists of the match `recent`.
+/// The directory in which the kernel shows the lists of the match `recent`.
 const RECENT: &str = "/proc/net/xt_recent";
 /// The longest name of a set.
 const SET_NAME_MAX: usize = 240;
 
-/// How long ago a client has last opened a connection, as far as that is known.
+/// The time since a client last opened a connection, as far as that is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Age {
     /// Milliseconds until the entry expires.
@@ -169,7 +169,7 @@ fn add<F: KernelStack>(
 ///
 /// # Errors
 ///
-/// When the sets cannot be listed, or the maps cannot be written.
+/// Fails if the sets cannot be listed, or the maps cannot be written.
 pub(super) fn import(maps: &Maps, image: &Image, now: Ticks) -> anyhow::Result<usize> {
     use sluice_common::{V4, V6};
     if image.ports.values().all(|port| port.affinity_seconds == 0) {

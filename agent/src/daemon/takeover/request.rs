@@ -24,7 +24,7 @@ pub enum Request {
     Prepared,
     /// Leave new flows to netfilter, and end when the last known one has ended.
     Release {
-        /// When to end in any case, in seconds since 1970.
+        /// The time at which it ends in any case, in seconds since 1970.
         deadline: u64,
     },
     /// Serve nothing: the node is released. The agent waits for another request.
@@ -45,7 +45,7 @@ pub fn read(state_dir: &Path) -> Option<Request> {
 ///
 /// # Errors
 ///
-/// When the file cannot be written.
+/// Fails if the file cannot be written.
 pub fn write(state_dir: &Path, request: Request) -> io::Result<()> {
     folder::make(state_dir, folder::READABLE)?;
     let new = state_dir.join("wish.json.new");
@@ -57,7 +57,7 @@ pub fn write(state_dir: &Path, request: Request) -> io::Result<()> {
 ///
 /// # Errors
 ///
-/// When the file cannot be written.
+/// Fails if the file cannot be written.
 pub fn replace(state_dir: &Path, old: Request, new: Request) -> io::Result<()> {
     if read(state_dir) == Some(old) { write(state_dir, new) } else { Ok(()) }
 }
@@ -66,7 +66,7 @@ pub fn replace(state_dir: &Path, old: Request, new: Request) -> io::Result<()> {
 ///
 /// # Errors
 ///
-/// When the file cannot be removed.
+/// Fails if the file cannot be removed.
 pub fn done(state_dir: &Path, request: Request) -> io::Result<()> {
     if read(state_dir) == Some(request) { clear(state_dir) } else { Ok(()) }
 }
@@ -75,7 +75,7 @@ pub fn done(state_dir: &Path, request: Request) -> io::Result<()> {
 ///
 /// # Errors
 ///
-/// When the file cannot be removed.
+/// Fails if the file cannot be removed.
 pub fn clear(state_dir: &Path) -> io::Result<()> {
     match fs::remove_file(path(state_dir)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),

@@ -23,13 +23,13 @@ pub struct Limits {
     pub min: Option<u32>,
     /// Whether segments outside the window count as valid.
     pub tcp_be_liberal: bool,
-    /// How long an idle TCP connection is tracked.
+    /// The time for which an idle TCP connection is tracked.
     pub tcp_established: Option<Duration>,
-    /// How long a TCP connection is tracked that the peer has closed.
+    /// The time for which a TCP connection is tracked that the peer has closed.
     pub tcp_close_wait: Option<Duration>,
-    /// How long a UDP flow without an answer is tracked.
+    /// The time for which a UDP flow without an answer is tracked.
     pub udp: Option<Duration>,
-    /// How long a UDP flow with answers is tracked.
+    /// The time for which a UDP flow with answers is tracked.
     pub udp_stream: Option<Duration>,
 }
 

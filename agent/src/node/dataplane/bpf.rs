@@ -286,6 +286,11 @@ pub(crate) fn query(target: u32, attach_type: u32) -> io::Result<Vec<u32>> {
     Ok(ids)
 }
 
+/// Returns the kernel's id of a loaded program.
+pub(crate) fn program_id(program: BorrowedFd<'_>) -> io::Result<u32> {
+    object_info::<ProgramInfo>(program).map(|info| info.id)
+}
+
 /// Returns the name of a loaded program.
 pub(crate) fn program_name(id: u32) -> io::Result<String> {
     let mut attr = IdAttr { id, next: 0, flags: 0 };
@@ -308,7 +313,7 @@ pub(crate) struct Table<K, V> {
     types: PhantomData<fn() -> (K, V)>,
 }
 
-/// How many keys or values one call passes to the kernel: enough that the call's cost is
+/// The number of keys or values that one call passes to the kernel: enough that the call's cost is
 /// negligible, and few enough that their copies (below 1 MiB) stay cheap.
 const BATCH: usize = 4_096;
 
@@ -523,6 +528,28 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
         }
     }
 
+    /// Calls `each` with every element, in the memory of one batch. For maps that are not per CPU.
+    pub(crate) fn for_each(&self, mut each: impl FnMut(&K, &V)) -> io::Result<()> {
+        let result = self.read_batches(|keys, values, count| {
+            for i in 0..count {
+                // SAFETY: the kernel wrote `count` keys of this size; any bytes are a key.
+                let key = unsafe { keys.as_ptr().cast::<K>().add(i).read_unaligned() };
+                // SAFETY: the same number of values, which a batch packs without padding.
+                let value = unsafe { values.as_ptr().cast::<V>().add(i).read_unaligned() };
+                each(&key, &value);
+            }
+        });
+        match result {
+            Err(error) if lacks_batches(&error) => self.walk(|key| {
+                if let Some(value) = self.get(key)? {
+                    each(key, &value);
+                }
+                Ok(())
+            }),
+            result => result,
+        }
+    }
+
     /// Counts the elements, in the memory of one batch.
     pub(crate) fn count(&self) -> io::Result<u64> {
         let mut all = 0_u64;
@@ -715,6 +742,26 @@ impl<T: aya::Pod> Array<T> {
         }
         // SAFETY: inside the element and aligned, both checked above.
         Some(unsafe { element.add(offset).cast::<u32>().read_volatile() })
+    }
+
+    /// Whether an element and those after it hold these words. The elements must be without gaps.
+    pub(crate) fn holds_words(&self, index: u32, words: &[u32]) -> bool {
+        const PIECE: usize = 1_024;
+        let elements = words.len().div_ceil(Self::STRIDE / 4);
+        let Some(first) = self.element(index) else { return words.is_empty() };
+        if size_of::<T>() != Self::STRIDE || elements > (self.len - index) as usize {
+            return false;
+        }
+        let mut found = [0_u32; PIECE];
+        words.chunks(PIECE).enumerate().all(|(piece, wanted)| {
+            // SAFETY: all words lie in elements of the mapping (checked above), which `self` keeps;
+            // any bytes are a word.
+            unsafe {
+                let from = first.cast::<u32>().add(piece * PIECE);
+                from.copy_to_nonoverlapping(found.as_mut_ptr(), wanted.len());
+            }
+            found.get(..wanted.len()) == Some(wanted)
+        })
     }
 
     /// Writes an element word by word in ascending order, each word atomically and no earlier

@@ -64,6 +64,7 @@ const TCA_OPTIONS: u16 = 2;
 const TCA_BPF_FD: u16 = 6;
 const TCA_BPF_NAME: u16 = 7;
 const TCA_BPF_FLAGS: u16 = 8;
+const TCA_BPF_ID: u16 = 11;
 const DIRECT_ACTION: u32 = 1;
 
 /// A filter as the kernel lists it.
@@ -77,6 +78,8 @@ pub struct Filter {
     pub kind: String,
     /// The program's name, for `bpf`.
     pub name: String,
+    /// The program's id, for `bpf`; else 0.
+    pub program: u32,
 }
 
 impl Filter {
@@ -115,12 +118,16 @@ fn parse(device: u32, direction: Direction, payload: &[u8]) -> Option<Filter> {
     }
     let handle = word(payload, 8)?;
     let attributes = payload.get(20..)?;
+    let options = find(attributes, TCA_OPTIONS);
     // Handle 0 is the priority itself, listed before its filters.
     (handle != 0).then(|| Filter {
         priority: (word(payload, 16).unwrap_or_default() >> 16) as u16,
         handle,
         kind: text(find(attributes, TCA_KIND)),
-        name: text(find(attributes, TCA_OPTIONS).and_then(|options| find(options, TCA_BPF_NAME))),
+        name: text(options.and_then(|options| find(options, TCA_BPF_NAME))),
+        program: options
+            .and_then(|options| netlink::number(find(options, TCA_BPF_ID)))
+            .unwrap_or_default(),
     })
 }
 
@@ -228,8 +235,13 @@ mod tests {
 
     #[test]
     fn another_handle_is_not_ours() {
-        let filter =
-            Filter { priority: 1, handle: 1, kind: "bpf".to_owned(), name: "sluice_x".to_owned() };
+        let filter = Filter {
+            priority: 1,
+            handle: 1,
+            kind: "bpf".to_owned(),
+            name: "sluice_x".to_owned(),
+            program: 1,
+        };
         assert!(!filter.is_ours());
     }
 }

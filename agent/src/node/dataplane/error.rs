@@ -21,7 +21,7 @@ pub enum Error {
         what: String,
         /// The kernel's or the loader's message.
         cause: String,
-        /// What to do next.
+        /// A hint at what to do next.
         hint: &'static str,
     },
     /// Nothing of Sluice is pinned there.
@@ -43,25 +43,25 @@ pub enum Error {
     /// A file of the BPF file system could not be used.
     #[error("cannot {action} {path}: {cause}{hint}")]
     Pin {
-        /// What was tried.
+        /// The action that was tried.
         action: &'static str,
         /// On what.
         path: PathBuf,
-        /// Why it failed.
+        /// The cause.
         cause: io::Error,
-        /// What to do next.
+        /// A hint at what to do next.
         hint: &'static str,
     },
     /// A map could not be read or written.
     #[error("cannot {action} map {map}: {cause}{hint}")]
     Map {
-        /// What was tried.
+        /// The action that was tried.
         action: &'static str,
         /// On what.
         map: String,
-        /// Why it failed.
+        /// The cause.
         cause: io::Error,
-        /// What to do next.
+        /// A hint at what to do next.
         hint: &'static str,
     },
     /// A program could not be attached.
@@ -71,9 +71,9 @@ pub enum Error {
         program: String,
         /// Device or cgroup.
         target: String,
-        /// Why it failed.
+        /// The cause.
         cause: io::Error,
-        /// What to do next.
+        /// A hint at what to do next.
         hint: &'static str,
     },
 }

@@ -19,7 +19,7 @@ use super::error::Error;
 use super::maps::table;
 use super::pins::Pins;
 
-/// How long the programs send events after a request that is not renewed.
+/// The time for which the programs send events after a request that is not renewed.
 const LEASE: Duration = Duration::from_secs(3);
 
 /// The reader of the ring of events.

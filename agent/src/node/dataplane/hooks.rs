@@ -5,7 +5,7 @@
 //! two packets. If the kernel has no TCX, or a foreign clsact filter sits at an egress (TCX would
 //! run before it), clsact filters are used instead (see [`super::clsact`]).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use sluice_common::abi::Device;
 use sluice_common::abi::previous::Round;
 
+use super::audit::MapPins;
 use super::bpf::{self, Table};
 use super::clsact::{self, Direction};
 use super::error::Error;
@@ -32,6 +33,9 @@ pub(super) const SOCK_OPS: u32 = 3;
 /// The ways to attach XDP, each with the name of its pin and the link's flags.
 pub(super) const XDP_MODES: [(How, &str, u32); 2] =
     [(How::XdpNative, "xdp", 1 << 2), (How::XdpGeneric, "xdp_generic", 1 << 1)];
+
+/// The XDP program.
+const XDP_PROGRAM: &str = "xdp_uplink";
 
 /// The cgroup programs with their attach types.
 pub(super) const CGROUP: [(&str, u32); 9] = [
@@ -65,8 +69,10 @@ pub enum Xdp {
     Generic,
 }
 
-/// How a program is attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+/// The way in which a program is attached.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, schemars::JsonSchema, Deserialize,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum How {
     /// A TCX link.
@@ -123,11 +129,11 @@ impl Target {
 /// The result of attaching to a device.
 #[derive(Debug, Default)]
 pub struct Attached {
-    /// How each program is attached.
+    /// The way in which each program is attached.
     pub hooks: Vec<How>,
-    /// What could not be attached and should be retried.
+    /// Failures to attach that should be retried.
     pub errors: Vec<Error>,
-    /// What is not attached and need not be.
+    /// Programs that are not attached and need not be.
     pub notes: Vec<String>,
 }
 
@@ -138,6 +144,7 @@ pub struct Hooks {
     rounds: Rounds,
     devices: Table<u32, Device>,
     pins: Pins,
+    map_pins: MapPins,
     xdp: Xdp,
     /// Whether the kernel has TCX; unknown before the first try.
     tcx: Option<bool>,
@@ -150,10 +157,10 @@ impl Hooks {
         programs: Programs,
         rounds: Rounds,
         devices: Table<u32, Device>,
-        pins: Pins,
+        (pins, map_pins): (Pins, MapPins),
         xdp: Xdp,
     ) -> Self {
-        Self { programs, rounds, devices, pins, xdp, tcx: None }
+        Self { programs, rounds, devices, pins, map_pins, xdp, tcx: None }
     }
 
     /// Returns the programs' round of a change of layout. Programs that were attached in another
@@ -272,6 +279,117 @@ impl Hooks {
         Ok(())
     }
 
+    /// Pins the maps again whose pins are gone or another map's. To be called after
+    /// [`Self::commit`]. Returns for each its name, what was found, and whether that worked.
+    pub fn restore_map_pins(&self) -> Vec<(String, &'static str, Result<(), Error>)> {
+        self.map_pins.restore(&self.pins)
+    }
+
+    /// Makes `devices` hold these entries and no others. Returns for each ifindex that differed
+    /// what was found, and whether it was corrected.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the map cannot be read.
+    pub fn restore_devices(
+        &self,
+        wanted: &BTreeMap<u32, Device>,
+    ) -> Result<Vec<(u32, &'static str, Result<(), Error>)>, Error> {
+        let found = self.devices.entries().map_err(|cause| Error::map("read", "devices", cause))?;
+        let found: BTreeMap<u32, Device> = found.into_iter().collect();
+        let mut restored = Vec::new();
+        for (index, entry) in wanted {
+            let what = match found.get(index) {
+                Some(found) if found == entry => continue,
+                Some(_) => "the entry has another value",
+                None => "the entry is missing",
+            };
+            restored.push((*index, what, self.set_device(*index, entry)));
+        }
+        for index in found.keys().filter(|index| !wanted.contains_key(index)) {
+            restored.push((*index, "there is an entry too many", self.remove_device(*index)));
+        }
+        Ok(restored)
+    }
+
+    /// Returns what is wrong with the programs of a device, as hook and description: nothing if all
+    /// are as they were attached.
+    #[must_use]
+    pub fn examine(&self, target: &Target, attached: &Attached) -> Vec<(String, String)> {
+        let header = if target.ethernet { "l2" } else { "l3" };
+        let mut wrong = Vec::new();
+        let mut hooks = attached.hooks.iter();
+        for (direction, how) in target.directions().iter().zip(hooks.by_ref()) {
+            let name = format!("tc_{}_{header}", direction.word());
+            let found = if *how == How::Clsact {
+                self.examine_filter(&name, target.index, *direction)
+            } else {
+                let pin = device_pin(target.index, direction.word());
+                self.examine_link(&name, &pin, u64::from(target.index))
+            };
+            wrong.extend(found.map(|what| (direction.word().to_owned(), what)));
+        }
+        for how in hooks {
+            let Some((_, hook, _)) = XDP_MODES.iter().find(|(mode, _, _)| mode == how) else {
+                continue;
+            };
+            let pin = device_pin(target.index, hook);
+            let found = self.examine_link(XDP_PROGRAM, &pin, u64::from(target.index));
+            wrong.extend(found.map(|what| ("xdp".to_owned(), what)));
+        }
+        wrong
+    }
+
+    /// Returns what is wrong with the programs of the socket path, as hook and description.
+    #[must_use]
+    pub fn examine_cgroup(&self, cgroup: &Path) -> Vec<(String, String)> {
+        // Without its cgroup there is nothing to attach to; the next attachment reports that.
+        let id = fs::metadata(cgroup).map_or(0, |found| found.ino());
+        let examine = |(name, _): &(&str, u32)| {
+            let found = self.examine_link(name, &format!("cgroup_{name}"), id)?;
+            Some(((*name).to_owned(), found))
+        };
+        CGROUP.iter().filter_map(examine).collect()
+    }
+
+    /// Returns what is wrong with a pinned link.
+    fn examine_link(&self, program: &str, pin: &str, target: u64) -> Option<String> {
+        let found = bpf::object_get(&self.pins.links().join(pin))
+            .and_then(|link| bpf::link_info(link.as_fd()));
+        match found {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Some("the pin of its link is gone, and the link with it".to_owned())
+            }
+            Err(error) => Some(format!("its link cannot be inspected: {error}")),
+            Ok(info) if !info.leads_to(target) => Some("its link is detached".to_owned()),
+            Ok(info) => self.other_program(program, info.program),
+        }
+    }
+
+    /// Returns what is wrong with a clsact filter.
+    fn examine_filter(&self, program: &str, device: u32, direction: Direction) -> Option<String> {
+        let filters = match clsact::filters(device, direction) {
+            Ok(filters) => filters,
+            Err(error) => return Some(format!("its filters cannot be listed: {error}")),
+        };
+        match filters.iter().find(|filter| filter.is_ours()) {
+            None => Some("its clsact filter is gone".to_owned()),
+            Some(filter) => self.other_program(program, filter.program),
+        }
+    }
+
+    /// Describes the program with an id, unless it is the program of this name.
+    fn other_program(&self, name: &str, found: u32) -> Option<String> {
+        let own = self.programs.fd(name).and_then(|fd| {
+            bpf::program_id(fd).map_err(|cause| Error::attach(name, "its hook", cause))
+        });
+        match own {
+            Ok(own) if own == found => None,
+            Ok(own) => Some(format!("program {found} runs instead of {own}")),
+            Err(error) => Some(error.to_string()),
+        }
+    }
+
     fn attach_tc(&mut self, target: &Target, direction: Direction) -> Result<How, Error> {
         let header = if target.ethernet { "l2" } else { "l3" };
         let name = format!("tc_{}_{header}", direction.word());
@@ -309,7 +427,6 @@ impl Hooks {
     }
 
     fn attach_xdp(&mut self, target: &Target) -> Result<Option<How>, Error> {
-        const PROGRAM: &str = "xdp_uplink";
         let how = match self.xdp {
             Xdp::Off => None,
             Xdp::On if target.veth => None,
@@ -326,12 +443,12 @@ impl Hooks {
         else {
             return Ok(None);
         };
-        self.programs.need(PROGRAM)?;
-        let program = self.programs.fd(PROGRAM)?;
+        self.programs.need(XDP_PROGRAM)?;
+        let program = self.programs.fd(XDP_PROGRAM)?;
         let pin = device_pin(target.index, hook);
         if self.adopt(&pin, u64::from(target.index), program)?.is_none() {
             let link = bpf::link_create(program, target.index, XDP, *flags)
-                .map_err(|cause| Error::attach(PROGRAM, &target.name, cause))?;
+                .map_err(|cause| Error::attach(XDP_PROGRAM, &target.name, cause))?;
             self.pin(&link, &pin)?;
         }
         Ok(Some(*how))
@@ -414,6 +531,7 @@ impl Hooks {
     }
 
     fn pin(&self, link: &OwnedFd, pin: &str) -> Result<(), Error> {
+        self.pins.make_links()?;
         let path = self.pins.links().join(pin);
         bpf::object_pin(link.as_fd(), &path)
             .map_err(|cause| Error::pin("pin the link", path, cause))

@@ -14,8 +14,9 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 
-use sluice_common::abi::previous::{self, Moved, Round};
+use sluice_common::abi::previous::{self, Moved, Round, Step};
 use sluice_common::abi::{Affinity, AffinityKey, Flow, Ipv4Address, Ipv6Address, LAYOUT, Tuple};
+use sluice_common::engine::layouts::{SharedStore, move_entry};
 
 use super::bpf::Table;
 use super::error::Error;
@@ -118,10 +119,14 @@ impl Rounds {
         if self.is_done {
             return Ok(None);
         }
-        let next = match (self.target, self.round) {
-            (_, Round::Settled) => None,
-            (Layout::Current, Round::WritesPrevious) => Some(Round::WritesCurrent),
-            (Layout::Current, Round::WritesCurrent) => {
+        let next = match self.round.step(self.target == Layout::Previous) {
+            Step::Load(round) => {
+                if round == Round::WritesPrevious {
+                    self.pins.offer_previous(self.loader.specs())?;
+                }
+                Some(round)
+            }
+            Step::MoveUp => {
                 let moved = self.move_entries(true)?;
                 tracing::info!(
                     moved,
@@ -131,11 +136,7 @@ impl Rounds {
                 );
                 Some(Round::Settled)
             }
-            (Layout::Previous, Round::WritesCurrent) => {
-                self.pins.offer_previous(self.loader.specs())?;
-                Some(Round::WritesPrevious)
-            }
-            (Layout::Previous, Round::WritesPrevious) => {
+            Step::MoveDown => {
                 let moved = self.move_entries(false)?;
                 tracing::info!(
                     moved,
@@ -144,6 +145,7 @@ impl Rounds {
                 );
                 None
             }
+            Step::Done => None,
         };
         let Some(next) = next else {
             self.is_done = true;
@@ -193,7 +195,7 @@ where
     moved.map_err(|cause| Error::map("move the entries of", map, cause))
 }
 
-/// Moves entries while programs read both tables, write `to`, and remove from both.
+/// Moves all entries while programs use both tables.
 fn move_all<K: aya::Pod, A: aya::Pod, B: aya::Pod + PartialEq>(
     from: &Table<K, A>,
     to: &Table<K, B>,
@@ -204,15 +206,23 @@ fn move_all<K: aya::Pod, A: aya::Pod, B: aya::Pod + PartialEq>(
         return Ok(moved);
     }
     for (key, _) in from.entries()? {
-        let Some(value) = from.get(&key)? else { continue };
-        let value = convert(&value);
-        // An entry that a program has written there meanwhile is newer.
-        let is_new = to.insert_new(&key, &value)?;
-        if !from.take(&key)? && is_new && to.get(&key)?.is_some_and(|now| now == value) {
-            // A program has removed the entry from both tables and not written it again.
-            to.remove(&key)?;
-        }
-        moved += 1;
+        moved += usize::from(move_entry(from, to, &key, &convert)?);
     }
     Ok(moved)
+}
+
+impl<K: aya::Pod, V: aya::Pod> SharedStore<K, V> for Table<K, V> {
+    type Error = io::Error;
+
+    fn get(&self, key: &K) -> io::Result<Option<V>> {
+        self.get(key)
+    }
+
+    fn insert_new(&self, key: &K, value: &V) -> io::Result<bool> {
+        self.insert_new(key, value)
+    }
+
+    fn take(&self, key: &K) -> io::Result<bool> {
+        self.take(key)
+    }
 }

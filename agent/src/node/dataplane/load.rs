@@ -5,6 +5,7 @@ use std::path::Path;
 
 use sluice_core::image::{Dataplane, Image, diff};
 
+use super::audit::MapPins;
 use super::error::Error;
 use super::hooks::{Hooks, Xdp};
 use super::kernel::Kernel;
@@ -75,7 +76,8 @@ pub fn load(
         }
     };
     let devices = maps::table(&folder, "devices")?;
-    let hooks = Hooks::new(programs, rounds, devices, pins.clone(), xdp);
+    let map_pins = MapPins::open(&folder, rounds.loader().specs().keys())?;
+    let hooks = Hooks::new(programs, rounds, devices, (pins.clone(), map_pins), xdp);
     Ok(Loaded { kernel, hooks, filled })
 }
 

@@ -49,7 +49,7 @@ unsafe impl<A: Address> aya::Pod for RouteKey<A> {}
 // SAFETY: as above.
 unsafe impl<A: Address> aya::Pod for SourceRangeKey<A> {}
 
-/// How the maps are opened.
+/// The way in which the maps are opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// To be written, by the agent.

@@ -199,6 +199,29 @@ impl Pins {
         self.settle().map_err(|cause| Error::pin("tidy up", self.version(), cause))
     }
 
+    /// Makes the folders of maps and links again, if somebody has removed them or unmounted their
+    /// file system. To be called between changes of layout only.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Self::prepare`] does.
+    pub(super) fn make_folders(&self) -> Result<(), Error> {
+        if self.maps().is_dir() && self.links().is_dir() {
+            return Ok(());
+        }
+        self.prepare()?;
+        create(&self.maps())
+    }
+
+    /// Makes the folder of links again, if somebody has removed it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the BPF file system refuses.
+    pub(super) fn make_links(&self) -> Result<(), Error> {
+        if self.links().is_dir() { Ok(()) } else { create(&self.links()) }
+    }
+
     fn previous(&self) -> Option<PathBuf> {
         previous::LAYOUT.map(|layout| self.root.join(format!("v{layout}")))
     }

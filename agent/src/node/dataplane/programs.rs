@@ -133,7 +133,8 @@ pub(super) fn load_object(
     })
 }
 
-/// How often a program is loaded whose verification is interrupted by a signal, as in libbpf.
+/// The number of attempts to load a program whose verification is interrupted by a signal, as in
+/// libbpf.
 const VERIFY_TRIES: u32 = 5;
 
 pub(super) fn verify(name: &str, program: &mut Program) -> Result<(), Error> {

@@ -29,7 +29,7 @@ pub struct FlowEntry<A: Copy> {
 }
 
 /// The fill level of a map.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
 pub struct Fill {
     /// The map.
     pub map: &'static str,
@@ -40,13 +40,13 @@ pub struct Fill {
 }
 
 /// Flows and connections that failed to begin, by how.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
 pub struct Failures {
-    /// [`Failure::Refused`].
+    /// Flows whose first packet was answered with a reset.
     pub refused: u64,
-    /// [`Failure::Unanswered`].
+    /// Flows whose SYN was not answered.
     pub unanswered: u64,
-    /// [`Failure::Unreachable`].
+    /// Flows that an ICMP error ended before an answer.
     pub unreachable: u64,
     /// [`Failure::SocketRefused`].
     #[serde(skip)]

@@ -1,6 +1,6 @@
 //! Writes the MTUs of routes to the maps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use ipnet::IpNet;
@@ -30,6 +30,16 @@ impl<A: Address> Trie<A> {
         let table: Table<RouteKey<A>, RouteMtu> = table(folder, name)?;
         let held = table.entries().map_err(|cause| Error::map("read", name, cause))?;
         Ok(Self { name, table, held: held.into_iter().collect() })
+    }
+
+    /// Reads the map again. Returns the number of entries that are not as written.
+    fn reread(&mut self) -> Result<usize, Error> {
+        let found = self.table.entries().map_err(|cause| Error::map("read", self.name, cause))?;
+        let found: BTreeMap<RouteKey<A>, RouteMtu> = found.into_iter().collect();
+        let keys: BTreeSet<&RouteKey<A>> = self.held.keys().chain(found.keys()).collect();
+        let differ = keys.into_iter().filter(|key| self.held.get(key) != found.get(key)).count();
+        self.held = found;
+        Ok(differ)
     }
 
     fn write(&mut self, wanted: &BTreeMap<RouteKey<A>, RouteMtu>) -> Result<(), Error> {
@@ -63,6 +73,17 @@ impl RouteMtus {
             v4: Trie::open(folder, "route_mtus_v4")?,
             v6: Trie::open(folder, "route_mtus_v6")?,
         })
+    }
+
+    /// Reads the maps again, so that the next write repairs what somebody else has changed.
+    /// Returns the maps that differ, each with the number of entries.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a map cannot be read.
+    pub fn audit(&mut self) -> Result<Vec<(&'static str, usize)>, Error> {
+        let found = [(self.v4.name, self.v4.reread()?), (self.v6.name, self.v6.reread()?)];
+        Ok(found.into_iter().filter(|(_, differ)| *differ > 0).collect())
     }
 
     /// Makes the maps hold these routes and no others.

@@ -22,11 +22,12 @@ mod wanted;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures::TryStreamExt;
 use ipnet::IpNet;
+use rtnetlink::packet_route::link::LinkFlags;
 use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourState,
 };
@@ -46,6 +47,8 @@ use wanted::{Hop, Others, wanted};
 
 /// Number of the main routing table.
 const MAIN: u32 = 254;
+/// The settings of our device: it accepts packets from the node's own addresses.
+const OWN_SETTINGS: [(&str, &str); 2] = [("accept_local", "1"), ("rp_filter", "0")];
 /// The initial MTU of our device.
 const OWN_MTU: u32 = 1500;
 /// Errors for routes that we may not add. All but the first occur if IPv6 is disabled.
@@ -108,6 +111,10 @@ pub struct OwnRoutes {
     handle: Handle,
     /// Our routes.
     routed: BTreeMap<IpNet, How>,
+    /// Our routes that the last listing did not find any more.
+    lost: BTreeMap<IpNet, How>,
+    /// Those of them that were still wanted.
+    drifted: Vec<IpNet>,
     /// All other routes that concern VIPs.
     others: Others,
     /// The VIPs that [`Self::others`] is about; [`None`] if routes have changed since.
@@ -147,13 +154,15 @@ impl OwnRoutes {
     ///
     /// # Errors
     ///
-    /// When netlink cannot be used.
+    /// Fails if netlink cannot be used.
     pub fn new() -> io::Result<Self> {
         let (connection, handle, _messages) = new_connection()?;
         let _requests = tokio::spawn(connection);
         Ok(Self {
             handle,
             routed: BTreeMap::new(),
+            lost: BTreeMap::new(),
+            drifted: Vec::new(),
             others: Others::default(),
             known: None,
             mtus: BTreeMap::new(),
@@ -186,7 +195,7 @@ impl OwnRoutes {
         let mut others =
             Others::new(place.dead_ends.clone(), std::mem::take(&mut self.others.silent));
         let mut mtus = mtus::Routes::default();
-        self.routed.clear();
+        let before = std::mem::take(&mut self.routed);
         self.elsewhere.clear();
         let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
         let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
@@ -218,6 +227,8 @@ impl OwnRoutes {
                 }
             }
         }
+        self.lost = before;
+        self.lost.retain(|network, how| self.routed.get(network) != Some(how));
         self.others = others;
         self.mtus = mtus.for_programs();
         self.known = Some(routable.clone());
@@ -242,14 +253,19 @@ impl OwnRoutes {
             .collect();
         let gone: Vec<IpNet> =
             self.routed.keys().filter(|network| !wanted.contains(network)).copied().collect();
+        let lost = std::mem::take(&mut self.lost);
         if missing.is_empty() && gone.is_empty() {
             return Ok(());
         }
+        let is_lost = |(network, how): &&(IpNet, How)| lost.get(network) == Some(how);
+        self.drifted = missing.iter().filter(is_lost).map(|(network, _)| *network).collect();
         let device = self.create().await?;
         // New routes come first, so that no VIP is without a route meanwhile.
         for (network, how) in missing {
             self.add(network, device, how).await?;
         }
+        // What somebody else has routed meanwhile is theirs.
+        self.drifted.retain(|network| self.routed.contains_key(network));
         for network in gone {
             let how = self.routed.remove(&network).unwrap_or_default();
             // It is no error if the route is already gone.
@@ -352,6 +368,34 @@ impl OwnRoutes {
         Ok(())
     }
 
+    /// Returns the networks whose routes the last call of [`Self::keep`] found gone although they
+    /// were wanted, whether it could add them or not.
+    pub fn take_lost(&mut self) -> Vec<IpNet> {
+        std::mem::take(&mut self.drifted)
+    }
+
+    /// Sets our own device up, and its settings, where they have changed. Returns what was found,
+    /// each with the outcome of the repair, or [`None`] if the device is gone.
+    pub async fn repair_device(&self, proc_sys: &Path) -> Option<Vec<(String, io::Result<()>)>> {
+        let mut links = self.handle.link().get().match_name(OWN).execute();
+        let link = links.try_next().await.ok().flatten()?;
+        let mut found = Vec::new();
+        if !link.header.flags.contains(LinkFlags::Up) {
+            let up = LinkUnspec::new_with_index(link.header.index).up().build();
+            let repair = self.handle.link().set(up).execute().await.map_err(io::Error::other);
+            found.push(("the device is down".to_owned(), repair));
+        }
+        for (setting, value) in OWN_SETTINGS {
+            let path = own_setting(proc_sys, setting);
+            let now = std::fs::read_to_string(&path).unwrap_or_default();
+            if now.trim() != value {
+                let what = format!("its {setting} is {:?} instead of {value}", now.trim());
+                found.push((what, set_own(proc_sys, setting, value)));
+            }
+        }
+        Some(found)
+    }
+
     /// Makes our own device, lets it accept packets from the node's own addresses, and returns its
     /// ifindex.
     ///
@@ -360,11 +404,8 @@ impl OwnRoutes {
     /// Fails if the kernel refuses the device or the setting.
     pub async fn prepare(&self, proc_sys: &Path) -> io::Result<u32> {
         let device = self.create().await?;
-        for (setting, value) in [("accept_local", "1"), ("rp_filter", "0")] {
-            let path = proc_sys.join("net/ipv4/conf").join(OWN).join(setting);
-            std::fs::write(&path, value).map_err(|error| {
-                io::Error::new(error.kind(), format!("cannot set {}: {error}", path.display()))
-            })?;
+        for (setting, value) in OWN_SETTINGS {
+            set_own(proc_sys, setting, value)?;
         }
         Ok(device)
     }
@@ -399,6 +440,17 @@ impl OwnRoutes {
         self.handle.link().del(device).execute().await.map_err(io::Error::other)?;
         Ok(true)
     }
+}
+
+fn own_setting(proc_sys: &Path, setting: &str) -> PathBuf {
+    proc_sys.join("net/ipv4/conf").join(OWN).join(setting)
+}
+
+fn set_own(proc_sys: &Path, setting: &str, value: &str) -> io::Result<()> {
+    let path = own_setting(proc_sys, setting);
+    std::fs::write(&path, value).map_err(|error| {
+        io::Error::new(error.kind(), format!("cannot set {}: {error}", path.display()))
+    })
 }
 
 /// A route as netlink reports it.

@@ -24,9 +24,9 @@ use tokio::sync::watch;
 use super::{Facts, Link, LinkAddress, Peer, Role, Rules, Survey, survey};
 use crate::node::publish::publish;
 
-/// How long further events are gathered before netlink is queried.
+/// The time for which further events are gathered before netlink is queried.
 const GATHER: Duration = Duration::from_millis(2);
-/// How often netlink is queried without an event, in case one was lost.
+/// The interval at which netlink is queried without an event, in case one was lost.
 const RESYNC: Duration = Duration::from_secs(30);
 /// Number of the main routing table.
 const MAIN: u32 = 254;

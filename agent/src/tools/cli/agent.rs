@@ -28,61 +28,86 @@ use crate::node::status::{self, Invocation};
 pub(super) struct AgentArgs {
     /// Read Services, EndpointSlices, Endpoints and Nodes from the YAML files of a directory, and
     /// follow changes. The API server is not used then, unless --kubeconfig or --api is given.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, help_heading = "Sources", value_name = "DIR")]
     pub(super) manifests: Option<PathBuf>,
     /// The kubeconfig file for the API server [default: $KUBECONFIG, ~/.kube/config or the pod's
     /// service account].
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = "Sources", value_name = "FILE")]
     pub(super) kubeconfig: Option<PathBuf>,
     /// The API server's address, instead of the configured one. The address of the Service
     /// "kubernetes" does not work until a proxy serves it.
-    #[arg(long, value_name = "URL", env = "SLUICE_API")]
+    #[arg(long, help_heading = "Sources", value_name = "URL", env = "SLUICE_API")]
     pub(super) api: Option<String>,
     /// Serve only Services whose label service.kubernetes.io/service-proxy-name has this value,
     /// instead of those without the label.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, help_heading = "Sources", value_name = "NAME")]
     pub(super) proxy_name: Option<String>,
     /// This node's name, as in nodeName of endpoints [default: the host's name].
-    #[arg(long, value_name = "NAME", env = "NODE_NAME")]
+    #[arg(long, help_heading = "Sources", value_name = "NAME", env = "NODE_NAME")]
     pub(super) node_name: Option<String>,
     /// Translate the sockets of the processes in this cgroup [default: the root of the cgroup2
     /// mount].
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, help_heading = "Devices and maps", value_name = "DIR")]
     cgroup: Option<PathBuf>,
     /// Whose connections are translated once, at the socket, instead of packet by packet.
-    #[arg(long, value_enum, default_value_t, value_name = "SCOPE")]
+    #[arg(
+        long,
+        help_heading = "Devices and maps",
+        value_enum,
+        default_value_t,
+        value_name = "SCOPE"
+    )]
     pub(super) socket_path: SocketPath,
     /// Whether uplinks use XDP.
-    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    #[arg(
+        long,
+        help_heading = "Devices and maps",
+        value_enum,
+        default_value_t,
+        value_name = "MODE"
+    )]
     xdp: Xdp,
     /// Devices that lead to pods, as patterns with * and ?. Takes precedence over detection. May be
     /// repeated.
-    #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
+    #[arg(long, help_heading = "Devices and maps", value_name = "PATTERN", value_delimiter = ',')]
     pub(super) edge: Vec<String>,
     /// Devices that carry the node's address; see --edge.
-    #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
+    #[arg(long, help_heading = "Devices and maps", value_name = "PATTERN", value_delimiter = ',')]
     pub(super) uplink: Vec<String>,
     /// Overlay and tunnel devices; see --edge.
-    #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
+    #[arg(long, help_heading = "Devices and maps", value_name = "PATTERN", value_delimiter = ',')]
     pub(super) fabric: Vec<String>,
     /// The number of flows that the maps can hold, per address family [default: 32768 per CPU, at
     /// least 131072, within 1/256 of the memory].
-    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=i64::from(super::FLOWS_LIMIT)))]
+    #[arg(long, help_heading = "Devices and maps", value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=i64::from(super::FLOWS_LIMIT)))]
     flows_max: Option<u32>,
     /// The layout of the maps that flows are written in. With `previous`, the version before this
     /// one can take over without losing a flow.
-    #[arg(long, value_enum, default_value_t, value_name = "LAYOUT")]
+    #[arg(
+        long,
+        help_heading = "Devices and maps",
+        value_enum,
+        default_value_t,
+        value_name = "LAYOUT"
+    )]
     layout: Layout,
     /// Start next to a running kube-proxy: its connections continue, and new ones are served here.
     /// An agent that finds an earlier agent's maps continues from them; see `sluice takeover`.
-    #[arg(long)]
+    #[arg(long, help_heading = "Takeover")]
     takeover: bool,
     /// The format of the log.
-    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    #[arg(
+        long,
+        help_heading = "Log and process",
+        value_enum,
+        default_value_t,
+        value_name = "FORMAT"
+    )]
     log_format: LogFormat,
     /// How readily the kernel kills the agent when memory is short, from -1000 (never) to 1000.
     #[arg(
         long,
+        help_heading = "Log and process",
         value_name = "NUMBER",
         allow_negative_numbers = true,
         value_parser = clap::value_parser!(i32).range(-1000..=1000)
@@ -90,7 +115,7 @@ pub(super) struct AgentArgs {
     oom_score_adj: Option<i32>,
     /// Log more; give it twice to log everything. The variable SLUICE_LOG takes filters such as
     /// `sluice=debug`. docs/operate.md describes how to change it while the agent runs.
-    #[arg(short, long, action = clap::ArgAction::Count)]
+    #[arg(short, long, help_heading = "Log and process", action = clap::ArgAction::Count)]
     verbose: u8,
     // These come last: their headings would apply to what follows.
     #[command(flatten)]
@@ -106,7 +131,7 @@ pub(super) struct AgentArgs {
 ///
 /// # Errors
 ///
-/// When the flags cannot be used, or the agent fails.
+/// Fails if the flags cannot be used, or the agent fails.
 pub(super) fn run(args: AgentArgs, places: &Places, expanded: Expanded) -> anyhow::Result<Outcome> {
     log::start(args.verbose, args.log_format);
     if !expanded.meaningless.is_empty() {
@@ -138,7 +163,7 @@ pub(super) fn run(args: AgentArgs, places: &Places, expanded: Expanded) -> anyho
 ///
 /// # Errors
 ///
-/// When it could not start.
+/// Fails if it could not start.
 fn is_changed(before: &Expanded) -> anyhow::Result<bool> {
     let now = expand(std::env::args_os().collect())?;
     if now.words == before.words {

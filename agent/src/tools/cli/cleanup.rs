@@ -17,7 +17,7 @@ use crate::node::{ports, view};
 ///
 /// # Errors
 ///
-/// When an agent is alive and `force` is not given, or the kernel refuses.
+/// Fails if an agent is alive and `force` is not given, or the kernel refuses.
 pub(super) fn run(places: &Places, force: bool) -> anyhow::Result<Outcome> {
     let Places { pin_path, state_dir, proc_sys } = places;
     if status::is_alive(state_dir) && !force {
@@ -35,6 +35,10 @@ pub(super) fn run(places: &Places, force: bool) -> anyhow::Result<Outcome> {
     }
     let lock = (!force).then(|| StateDir::take(state_dir)).transpose();
     let lock = lock.context("cleanup needs the agent's lock, so that none starts meanwhile")?;
+    if force {
+        status::revoke(state_dir)
+            .with_context(|| format!("cannot remove the lock in {}", state_dir.display()))?;
+    }
     let mut done = runtime()?.block_on(remove(pin_path, state_dir, proc_sys))?;
     // Not where a node is released: kube-proxy has found its settings as it wants them.
     let restored = limits::restore(&proc_sys.join(limits::SYSCTLS), &status::conntrack(state_dir))
@@ -54,7 +58,7 @@ pub(super) fn run(places: &Places, force: bool) -> anyhow::Result<Outcome> {
 ///
 /// # Errors
 ///
-/// When the kernel refuses.
+/// Fails if the kernel refuses.
 pub(super) async fn remove(
     pin_path: &Path,
     state_dir: &Path,

@@ -12,15 +12,17 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Parser as _};
+use schemars::JsonSchema;
 use serde::Serialize;
 use sluice_core::image::Dataplane as _;
 use sluice_core::model::Event;
 use sluice_core::policy::SocketPath;
 
 use super::agent::{AgentArgs, host_name};
+use super::output::Output;
 use super::policy::PolicyArgs;
-use super::table::{Table, render};
-use super::{Cli, Command, NO_OBJECTS, Outcome, Output, Unknown, Usage, runtime};
+use super::table::{Mood, Style, Table, Text, cut, whole};
+use super::{Cli, Command, NO_OBJECTS, Outcome, Unknown, Usage, runtime};
 use crate::daemon::source::{kubernetes, manifests};
 use crate::node::dataplane::{Access, Kernel, Maps, Pins};
 use crate::node::devices::pattern::Patterns;
@@ -28,14 +30,15 @@ use crate::node::devices::watch::look;
 use crate::node::host;
 use crate::node::status::{self, StateDir, Status};
 use crate::node::view;
-use crate::tools::diff::{Difference, Inputs, State, Wanted, compare, wanted};
+use crate::tools::api::kinds;
+use crate::tools::diff::{Change, Difference, Inputs, State, Wanted, compare, wanted};
 
-/// How often objects and maps are compared while an agent runs and both change. Only a difference
-/// that all comparisons show counts.
+/// The number of comparisons of objects and maps while an agent runs and both change. Only a
+/// difference that all comparisons show counts.
 const LOOKS: usize = 3;
 /// The time between two comparisons: longer than an agent takes to notice a change.
 const PAUSE: Duration = Duration::from_millis(700);
-/// How long the API server may take for all of its lists.
+/// The time that the API server may take for all of its lists.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 /// The arguments of `sluice diff`.
@@ -69,25 +72,31 @@ pub(super) struct DiffArgs {
     policy: Option<PolicyArgs>,
 }
 
-/// The output of `-o json`.
-#[derive(Clone, Debug, Serialize)]
-struct Report {
+/// The difference between sources and maps.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub(super) struct Report {
+    /// Whether nothing differs.
     in_step: bool,
+    /// Whether an agent runs.
     agent_alive: bool,
     /// The number of writes of a repair; absent without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     repaired_writes: Option<usize>,
+    /// Where the objects come from.
     sources: Vec<String>,
+    /// The number of objects.
     objects: usize,
     differences: Vec<Difference>,
     /// The objects that could not be read. A running agent keeps their last good form.
     unread: Vec<String>,
 }
 
+kinds! { Report = "Diff"; }
+
 /// The sources of objects, and what else decides about the maps.
 #[derive(Debug)]
-struct Scope {
-    inputs: Inputs,
+pub(super) struct Scope {
+    pub(super) inputs: Inputs,
     manifests: Option<PathBuf>,
     kubernetes: Option<kubernetes::Settings>,
 }
@@ -105,7 +114,7 @@ pub(super) fn run(args: DiffArgs, pin_path: &Path, state_dir: &Path) -> anyhow::
 }
 
 async fn diff(args: DiffArgs, pin_path: &Path, state_dir: &Path) -> anyhow::Result<Outcome> {
-    let (format, repair) = (args.output.output, args.repair);
+    let (output, repair) = (args.output.clone(), args.repair);
     let last = status::read(state_dir);
     let scope = args.scope(last.as_ref())?;
     // Held to the end, so that no agent starts in the meantime.
@@ -130,7 +139,7 @@ async fn diff(args: DiffArgs, pin_path: &Path, state_dir: &Path) -> anyhow::Resu
         differences,
         unread: wants.unread.iter().map(ToString::to_string).collect(),
     };
-    let text = render(format, &report, text)?;
+    let text = output.object(&report, text)?;
     Ok(Outcome { text, code: u8::from(!report.in_step) })
 }
 
@@ -179,7 +188,7 @@ fn write(pin_path: &Path, wants: &Wanted, found: &State) -> anyhow::Result<usize
 
 impl Scope {
     /// Returns every object of the sources, once.
-    async fn events(&self) -> anyhow::Result<Vec<Event>> {
+    pub(super) async fn events(&self) -> anyhow::Result<Vec<Event>> {
         let mut events = Vec::new();
         if let Some(folder) = &self.manifests {
             let read = manifests::read(folder);
@@ -297,8 +306,27 @@ impl DiffArgs {
     }
 }
 
+/// Returns the sources and settings of the last agent on this node.
+///
+/// # Errors
+///
+/// When its flags are not understood.
+pub(super) fn scope_of_agent(last: &Status) -> anyhow::Result<Scope> {
+    let args = DiffArgs {
+        manifests: None,
+        kubeconfig: None,
+        api: None,
+        proxy_name: None,
+        node_name: None,
+        repair: false,
+        output: Output::default(),
+        policy: None,
+    };
+    args.scope(Some(last))
+}
+
 /// Returns the flags of the last agent on this node, or the defaults if it has recorded none.
-fn of_agent(last: Option<&Status>) -> anyhow::Result<AgentArgs> {
+pub(super) fn of_agent(last: Option<&Status>) -> anyhow::Result<AgentArgs> {
     let invocation = last.map(|status| &status.invocation);
     let words = invocation.map_or(&[][..], |invocation| invocation.arguments.as_slice());
     let default = ["agent".to_owned()];
@@ -326,21 +354,36 @@ fn of_agent(last: Option<&Status>) -> anyhow::Result<AgentArgs> {
     Ok(*args)
 }
 
-fn text(report: &Report) -> String {
+/// Returns how bad a difference is: packets miss what is missing.
+fn mood(change: Change) -> Mood {
+    match change {
+        Change::Missing | Change::Different => Mood::Bad,
+        Change::Extra => Mood::Warning,
+    }
+}
+
+fn text(report: &Report, style: Style) -> String {
     let mut text = String::new();
     if !report.differences.is_empty() {
-        let mut table = Table::new(&["", "MAP", "KEY", "WANTED", "FOUND", "SERVICE"]);
+        let mut table = Table::new(&[
+            whole(""),
+            whole("MAP"),
+            cut("KEY"),
+            cut("WANTED"),
+            cut("FOUND"),
+            cut("SERVICE"),
+        ]);
         for row in &report.differences {
             table.row([
-                row.change.sign().to_owned(),
-                row.map.to_owned(),
-                row.key.clone(),
-                row.wanted.clone().unwrap_or_default(),
-                row.found.clone().unwrap_or_default(),
-                row.service.clone().unwrap_or_default(),
+                Text::new(row.change.sign(), Some(mood(row.change))),
+                row.map.into(),
+                row.key.clone().into(),
+                row.wanted.clone().unwrap_or_default().into(),
+                row.found.clone().unwrap_or_default().into(),
+                row.service.clone().unwrap_or_default().into(),
             ]);
         }
-        text = table.text() + "\n";
+        text = table.text(style) + "\n";
     }
     let mut line = |words: std::fmt::Arguments<'_>| {
         // Writing to a string cannot fail.
@@ -362,7 +405,8 @@ fn text(report: &Report) -> String {
     match (report.in_step, report.agent_alive, report.repaired_writes) {
         (true, _, _) => {}
         (false, true, _) => line(format_args!(
-            "An agent runs: restart it to write the differences (`sluice status` shows what may prevent it)."
+            "An agent runs: it repairs what somebody has changed within half a minute. Restart it if the differences stay \
+             (`sluice status` shows what may prevent a repair)."
         )),
         (false, false, None) => {
             line(format_args!(

@@ -1,173 +1,78 @@
 //! `sluice flows`: the translated connections in the maps.
 
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
-use std::path::Path;
+use serde_json::Value;
 
-use serde::Serialize;
-use sluice_common::abi::{TICK_SHIFT, Tuple, flow, side, state};
-use sluice_common::{V4, V6};
-use sluice_core::image::Stack;
+use super::names::NamesArgs;
+use super::output::{Item, ListArgs};
+use super::table::{Column, Text, age, cut, whole, wide};
+use super::{Outcome, Places};
+use crate::node::view::{PortName, View};
+use crate::tools::api::{Flow, flows};
 
-use super::Outcome;
-use super::table::{Format, Table, age, render};
-use crate::node::dataplane::{FlowEntry, KernelStack};
-use crate::node::view::{PortName, View, protocol};
+impl Item for Flow {
+    const COLUMNS: &'static [Column] = &[
+        whole("PROTO"),
+        cut("CLIENT"),
+        cut("VIP"),
+        cut("BACKEND"),
+        cut("SERVICE"),
+        cut("STATE"),
+        whole("IDLE"),
+        wide("SEEN AS"),
+        wide("CLIENT POD"),
+        wide("POD"),
+        wide("NODE"),
+    ];
 
-/// A flow, seen from the client.
-#[derive(Clone, Debug, Serialize)]
-struct Row {
-    protocol: String,
-    client: String,
-    vip: String,
-    /// The client's address and port as the backend sees them, if they are not its own.
-    seen_as: Option<String>,
-    backend: String,
-    service: Option<PortName>,
-    state: Vec<&'static str>,
-    /// Seconds since the flow was last renewed (every ten seconds of use).
-    idle_seconds: u64,
+    fn cells(&self, _: bool) -> Vec<Text> {
+        vec![
+            self.protocol.clone().into(),
+            self.client.clone().into(),
+            self.vip.clone().into(),
+            self.backend.clone().into(),
+            self.service.as_ref().map(PortName::service).unwrap_or_default().into(),
+            self.state.join(",").into(),
+            age(self.idle_seconds).into(),
+            self.seen_as.clone().unwrap_or_default().into(),
+            self.client_pod.clone().unwrap_or_default().into(),
+            self.pod.clone().unwrap_or_default().into(),
+            self.node.clone().unwrap_or_default().into(),
+        ]
+    }
+
+    fn name(&self) -> String {
+        format!("flow/{}/{}/{}", self.protocol, self.client, self.vip)
+    }
+
+    fn namespace(&self) -> Option<&str> {
+        self.service.as_ref().map(|name| name.namespace.as_str())
+    }
+
+    fn state(&self) -> anyhow::Result<Value> {
+        // Time alone changes nothing.
+        Ok(serde_json::to_value(Self { idle_seconds: 0, ..self.clone() })?)
+    }
 }
 
 /// Prints the flows, the most recently used first.
 ///
 /// # Errors
 ///
-/// When the maps cannot be read.
+/// Fails if the maps cannot be read, or labels are asked for and cannot be.
 pub(super) fn run(
-    pin_path: &Path,
+    places: &Places,
     service: Option<&str>,
     limit: Option<usize>,
-    format: Format,
+    names: &NamesArgs,
+    list: &ListArgs,
 ) -> anyhow::Result<Outcome> {
-    let view = View::read(pin_path)?;
-    let now = monotonic_ticks();
-    let mut rows = self::rows::<V4>(&view, now)?;
-    rows.extend(self::rows::<V6>(&view, now)?);
-    rows.retain(|row| {
-        service.is_none_or(|word| row.service.as_ref().is_some_and(|name| name.is(word)))
-    });
-    rows.sort_by(|a, b| {
-        (a.idle_seconds, &a.client, &a.vip).cmp(&(b.idle_seconds, &b.client, &b.vip))
-    });
-    rows.truncate(limit.unwrap_or(usize::MAX));
-    Ok(render(format, &rows, |rows| table(rows).text())?.into())
-}
-
-fn table(rows: &[Row]) -> Table {
-    let mut table =
-        Table::new(&["PROTO", "CLIENT", "VIP", "SEEN AS", "BACKEND", "SERVICE", "STATE", "IDLE"]);
-    for row in rows {
-        let service = row.service.as_ref();
-        table.row([
-            row.protocol.clone(),
-            row.client.clone(),
-            row.vip.clone(),
-            row.seen_as.clone().unwrap_or_default(),
-            row.backend.clone(),
-            service.map_or_else(String::new, |name| format!("{}/{}", name.namespace, name.service)),
-            row.state.join(","),
-            age(row.idle_seconds),
-        ]);
-    }
-    table
-}
-
-fn rows<F: KernelStack>(view: &View, now: u32) -> anyhow::Result<Vec<Row>> {
-    let entries = F::maps(view.kernel.maps()).read_flows()?;
-    // The addresses of masqueraded clients are in entries of their own.
-    let is_side = |entry: &&FlowEntry<F::Address>| {
-        entry.flow.flags & (flow::REPLY | flow::SOURCE) == flow::SOURCE
-    };
-    let sides: BTreeMap<Tuple<F::Address>, String> = entries
-        .iter()
-        .filter(is_side)
-        .map(|entry| (entry.tuple, endpoint::<F>(entry.flow.source, entry.flow.source_port)))
-        .collect();
-    let seen_as = |entry: &FlowEntry<F::Address>| {
-        let flow = &entry.flow;
-        let own = (flow.source, flow.source_port);
-        if !flow.is_masqueraded() || flow.is_of_host() {
-            // Only its port may have been changed.
-            let is_changed = own != (entry.tuple.source, entry.tuple.source_port);
-            return is_changed.then(|| endpoint::<F>(own.0, own.1));
+    let chosen = list.chosen(places, names, service)?;
+    list.list(|| {
+        let mut flows = flows(&View::read(&places.pin_path)?, &chosen.names)?;
+        if !chosen.takes_all() {
+            flows.retain(|flow| flow.service.as_ref().is_some_and(|name| chosen.takes(name)));
         }
-        let key = Tuple {
-            source: flow.source,
-            destination: flow.destination,
-            source_port: flow.source_port,
-            destination_port: flow.destination_port,
-            side: side::FAR,
-            ..entry.tuple
-        };
-        sides.get(&key).cloned()
-    };
-    // A direct connection has no VIP. A reply's entry says the same as its partner's.
-    let forward = entries
-        .iter()
-        .filter(|entry| entry.flow.flags & (flow::REPLY | flow::DIRECT | flow::SOURCE) == 0);
-    Ok(forward
-        .map(|entry| Row {
-            protocol: protocol(entry.tuple.protocol),
-            client: endpoint::<F>(entry.tuple.source, entry.tuple.source_port),
-            vip: endpoint::<F>(entry.tuple.destination, entry.tuple.destination_port),
-            seen_as: seen_as(entry),
-            backend: endpoint::<F>(entry.flow.destination, entry.flow.destination_port),
-            service: view.name(entry.flow.service_port),
-            state: words(entry.flow.state, entry.flow.flags, entry.embryonic),
-            idle_seconds: (u64::from(now.wrapping_sub(entry.flow.seen)) << TICK_SHIFT)
-                / 1_000_000_000,
-        })
-        .collect())
-}
-
-fn endpoint<F: Stack>(address: F::Address, port: u16) -> String {
-    SocketAddr::from((F::ip(address), port)).to_string()
-}
-
-/// Returns the words for a flow's bits.
-fn words(bits: u8, flags: u8, embryonic: bool) -> Vec<&'static str> {
-    let mut words = vec![if embryonic { "embryonic" } else { "established" }];
-    let named = [
-        (bits, state::FIN_FORWARD, "client-fin"),
-        (bits, state::FIN_REPLY, "backend-fin"),
-        (bits, state::RESET_FORWARD, "client-reset"),
-        (bits, state::RESET_REPLY, "backend-reset"),
-        (bits, state::GUESS, "guess"),
-        (flags, flow::HOST, "host"),
-        (flags, flow::HAIRPIN, "hairpin"),
-        (flags, flow::LOCAL, "local"),
-    ];
-    words.extend(
-        named.into_iter().filter(|(bits, bit, _)| bits & bit != 0).map(|(_, _, word)| word),
-    );
-    words
-}
-
-/// Returns the time of the kernel programs' clock, in ticks.
-pub(super) fn monotonic_ticks() -> u32 {
-    (monotonic_ns() >> TICK_SHIFT) as u32
-}
-
-/// Returns the time of the kernel programs' clock, in nanoseconds.
-pub(super) fn monotonic_ns() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the struct is live; this clock always exists.
-    let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
-    time.tv_sec
-        .cast_unsigned()
-        .wrapping_mul(1_000_000_000)
-        .wrapping_add(time.tv_nsec.cast_unsigned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_flows_bits_are_words() {
-        let closing = state::ESTABLISHED | state::FIN_FORWARD;
-        assert_eq!(words(closing, flow::LOCAL, false), ["established", "client-fin", "local"]);
-        assert_eq!(words(0, 0, true), ["embryonic"]);
-    }
+        flows.truncate(limit.unwrap_or(usize::MAX));
+        Ok(flows)
+    })
 }

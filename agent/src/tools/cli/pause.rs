@@ -9,7 +9,7 @@ use super::{Outcome, runtime};
 ///
 /// # Errors
 ///
-/// When the kernel refuses the signal handlers.
+/// Fails if the kernel refuses the signal handlers.
 pub(super) fn run() -> anyhow::Result<Outcome> {
     runtime()?.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;

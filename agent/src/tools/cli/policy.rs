@@ -87,7 +87,7 @@ impl PolicyArgs {
     ///
     /// # Errors
     ///
-    /// When flags contradict each other, or have more networks than the maps can hold.
+    /// Fails if flags contradict each other, or have more networks than the maps can hold.
     pub(super) fn policy(self) -> anyhow::Result<Policy> {
         let cluster_cidrs = networks("--cluster-cidr", self.cluster_cidr)?;
         let service_cidrs = networks("--service-cidr", self.service_cidr)?;

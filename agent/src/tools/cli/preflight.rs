@@ -6,10 +6,14 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use sluice_core::policy::{Accelerate, SocketPath};
 
-use super::table::{Table, render};
-use super::{Outcome, Output};
+use super::Outcome;
+use super::output::Output;
+use super::table::{Mood, Style, Table, Text, prose, whole};
 use crate::node::devices::pattern::Patterns;
+use crate::tools::api::kinds;
 use crate::tools::preflight::{self, Options, Report, Verdict, look};
+
+kinds! { Report = "Preflight"; }
 
 /// The arguments of `sluice preflight`.
 #[derive(Debug, Args)]
@@ -42,7 +46,7 @@ pub(super) struct PreflightArgs {
 ///
 /// # Errors
 ///
-/// When not even the devices can be listed.
+/// Fails if not even the devices can be listed.
 pub(super) fn run(
     args: PreflightArgs,
     pin_path: &Path,
@@ -56,7 +60,7 @@ pub(super) fn run(
         patterns: Patterns::new(&args.edge, &args.uplink, &args.fabric),
         accelerate: args.accelerate,
     })?;
-    let text = render(args.output.output, &report, text)?;
+    let text = args.output.object(&report, text)?;
     Ok(Outcome { text, code: u8::from(report.can_run != Verdict::Yes) })
 }
 
@@ -68,13 +72,20 @@ fn reason(what: &str) -> &str {
     what.lines().rev().find(|line| !is_figure(line)).unwrap_or(what)
 }
 
-fn text(report: &Report) -> String {
-    let mut table = Table::new(&["CHECK", "RESULT", "DETAILS"]);
+fn text(report: &Report, style: Style) -> String {
+    let mut table = Table::new(&[whole("CHECK"), whole("RESULT"), prose("DETAILS")]);
     for check in &report.checks {
         let what = reason(&check.what).to_owned();
-        table.row([check.name(), check.result.as_str().to_owned(), what]);
+        let mood = match check.result {
+            preflight::Outcome::Yes => Some(Mood::Good),
+            preflight::Outcome::Warn => Some(Mood::Warning),
+            preflight::Outcome::No => Some(Mood::Bad),
+            preflight::Outcome::Skip => None,
+        };
+        let result = Text::new(check.result.as_str(), mood);
+        table.row([Text::from(check.name()), result, what.into()]);
     }
-    let mut text = table.text() + "\n";
+    let mut text = table.text(style) + "\n";
     for check in &report.checks {
         let many_lines = check.what.lines().count() > 1;
         if many_lines {

@@ -1,127 +1,83 @@
 //! `sluice services`: every service port with its VIPs and counters.
 
-use std::collections::BTreeSet;
-use std::path::Path;
+use super::names::NamesArgs;
+use super::output::{Item, ListArgs};
+use super::table::{Column, Mood, Text, bytes, cut, failures, whole, wide};
+use super::{Outcome, Places};
+use crate::node::view::View;
+use crate::tools::api::{Service, services};
 
-use serde::Serialize;
+impl Item for Service {
+    const COLUMNS: &'static [Column] = &[
+        cut("NAMESPACE"),
+        cut("NAME"),
+        whole("PORT"),
+        cut("VIPS"),
+        whole("BACKENDS"),
+        whole("OPENED"),
+        whole("FAILED"),
+        whole("BYTES"),
+        wide("PROTO"),
+        wide("KIND"),
+        wide("ID"),
+        wide("SLOTS"),
+        wide("FLOWS"),
+        wide("CALLS"),
+        wide("PACKETS"),
+    ];
 
-use super::Outcome;
-use super::table::{Format, Table, bytes, failures, render};
-use crate::node::dataplane::Failures;
-use crate::node::view::{PortName, Sums, View, kind};
-
-/// A service port in one family.
-#[derive(Clone, Debug, Serialize)]
-struct Row {
-    #[serde(flatten)]
-    name: PortName,
-    id: u32,
-    vips: Vec<String>,
-    kinds: Vec<&'static str>,
-    /// The number of backends that get new flows of any class.
-    backends: usize,
-    slots: usize,
-    flows: u64,
-    calls: u64,
-    /// Packets and bytes along flows.
-    packets: u64,
-    bytes: u64,
-    /// Flows that failed to begin.
-    failures: Failures,
-    /// TCP connections translated at the socket: those established and those that failed, and
-    /// their payload.
-    connections: u64,
-    failed: u64,
-    socket_bytes: u64,
-}
-
-/// Prints the services.
-///
-/// # Errors
-///
-/// When the maps cannot be read.
-pub(super) fn run(
-    pin_path: &Path,
-    namespace: Option<&str>,
-    format: Format,
-) -> anyhow::Result<Outcome> {
-    let view = View::read(pin_path)?;
-    let mut rows = rows(&view, namespace);
-    rows.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
-    Ok(render(format, &rows, |rows| table(rows, format == Format::Wide).text())?.into())
-}
-
-/// Returns the service ports of one namespace, or of all.
-fn rows(view: &View, namespace: Option<&str>) -> Vec<Row> {
-    let sums = Sums::by_service_port(&view.backends());
-    let vips = view.vips();
-    let mut rows = Vec::new();
-    for (id, name) in &view.image.names {
-        let name = PortName::from(name);
-        if namespace.is_some_and(|namespace| namespace != name.namespace) {
-            continue;
-        }
-        let vips = vips.get(id).map_or(&[][..], Vec::as_slice);
-        let kinds: BTreeSet<&str> = vips.iter().map(|(_, number)| kind(*number)).collect();
-        let slots = view.slots(*id);
-        let Sums { packets, sockets, failures } = sums.get(id).copied().unwrap_or_default();
-        rows.push(Row {
-            name,
-            id: *id,
-            vips: vips.iter().map(|(vip, _)| vip.clone()).collect(),
-            kinds: kinds.into_iter().collect(),
-            backends: view.selected(*id).len(),
-            slots: slots.len(),
-            flows: packets.flows,
-            calls: packets.calls,
-            packets: packets.forward_packets + packets.reply_packets,
-            bytes: packets.forward_bytes + packets.reply_bytes,
-            failures,
-            connections: sockets.connections,
-            failed: sockets.failed,
-            socket_bytes: sockets.sent_bytes + sockets.received_bytes,
-        });
-    }
-    rows
-}
-
-fn table(rows: &[Row], is_wide: bool) -> Table {
-    let mut headers =
-        vec!["NAMESPACE", "NAME", "PORT", "VIPS", "BACKENDS", "OPENED", "FAILED", "BYTES"];
-    if is_wide {
-        headers.extend(["PROTO", "KIND", "ID", "SLOTS", "FLOWS", "CALLS", "PACKETS"]);
-    }
-    let mut table = Table::new(&headers);
-    for row in rows {
-        let vips = match &row.vips[..] {
+    fn cells(&self, is_wide: bool) -> Vec<Text> {
+        let vips = match &self.vips[..] {
             [first, more @ ..] if !is_wide && !more.is_empty() => {
                 format!("{first},+{}", more.len())
             }
             all => all.join(","),
         };
-        let failed = row.failures.flows() + row.failed;
-        let mut cells = vec![
-            row.name.namespace.clone(),
-            row.name.service.clone(),
-            row.name.port.to_string(),
-            vips,
-            row.backends.to_string(),
-            (row.flows + row.connections).to_string(),
-            failures(failed, row.flows + row.connections + row.failed),
-            bytes(row.bytes + row.socket_bytes),
-        ];
-        if is_wide {
-            cells.extend([
-                row.name.protocol.clone(),
-                row.kinds.join(","),
-                row.id.to_string(),
-                row.slots.to_string(),
-                row.flows.to_string(),
-                row.calls.to_string(),
-                row.packets.to_string(),
-            ]);
-        }
-        table.row(cells);
+        let failed = self.failures.flows() + self.failed;
+        vec![
+            self.name.namespace.clone().into(),
+            self.name.service.clone().into(),
+            self.name.port.to_string().into(),
+            vips.into(),
+            Text::new(self.backends.to_string(), (self.backends == 0).then_some(Mood::Warning)),
+            (self.flows + self.connections).to_string().into(),
+            failures(failed, self.flows + self.connections + self.failed),
+            bytes(self.bytes + self.socket_bytes).into(),
+            self.name.protocol.clone().into(),
+            self.kinds.join(",").into(),
+            self.id.to_string().into(),
+            self.slots.to_string().into(),
+            self.flows.to_string().into(),
+            self.calls.to_string().into(),
+            self.packets.to_string().into(),
+        ]
     }
-    table
+
+    fn name(&self) -> String {
+        format!("service/{}", self.name)
+    }
+
+    fn key(&self) -> String {
+        // A service port has an id in each address family.
+        self.id.to_string()
+    }
+
+    fn namespace(&self) -> Option<&str> {
+        Some(&self.name.namespace)
+    }
+}
+
+/// Prints the service ports.
+///
+/// # Errors
+///
+/// Fails if the maps cannot be read, or labels are asked for and cannot be.
+pub(super) fn run(
+    places: &Places,
+    service: Option<&str>,
+    names: &NamesArgs,
+    list: &ListArgs,
+) -> anyhow::Result<Outcome> {
+    let chosen = list.chosen(places, names, service)?;
+    list.list(|| Ok(services(&View::read(&places.pin_path)?, |name| chosen.takes(name))))
 }

@@ -2,28 +2,35 @@
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
+use schemars::JsonSchema;
 use serde::Serialize;
 use sluice_common::Reason;
 
-use super::Outcome;
-use super::table::{Format, Table, age, percent, render};
+use super::output::Output;
+use super::table::{Mood, Style, Table, Text as Cell, age, cut, prose, whole};
 use super::takeover::words;
+use super::{Outcome, Places};
 use crate::daemon::takeover::RELEASED;
 use crate::node::dataplane::Fill;
 use crate::node::devices::Role;
 use crate::node::status::{
-    self, Counts, DeviceStatus, PolicyStatus, ReportStatus, Status, TakeoverStatus, unix_seconds,
+    self, Counts, DeviceStatus, DriftStatus, PolicyStatus, ReportStatus, Status, TakeoverStatus,
+    unix_seconds,
 };
 use crate::node::view::{PortName, View};
+use crate::tools::api::kinds;
+use crate::tools::units::percent;
 
 /// Everything that `sluice status` prints.
-#[derive(Clone, Debug, Serialize)]
-struct Overview {
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub(super) struct Overview {
+    /// Whether the agent runs, and everything is in place.
     ready: bool,
+    /// Where maps and links are pinned.
     pin_path: PathBuf,
     agent: AgentView,
     /// The agent's last status; absent if no agent ever ran here.
@@ -35,7 +42,10 @@ struct Overview {
     maps: Vec<Fill>,
 }
 
-#[derive(Clone, Debug, Serialize)]
+kinds! { Overview = "Status"; }
+
+/// The agent's process.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 struct AgentView {
     alive: bool,
     pid: Option<u32>,
@@ -44,7 +54,7 @@ struct AgentView {
 }
 
 /// A reason that has been counted.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 struct ReasonView {
     reason: &'static str,
     packets: u64,
@@ -59,18 +69,24 @@ struct ReasonView {
 ///
 /// # Errors
 ///
-/// When the node is released, nothing is pinned, or the maps cannot be read.
-pub(super) fn run(pin_path: &Path, state_dir: &Path, format: Format) -> anyhow::Result<Outcome> {
+/// Fails if the node is released, nothing is pinned, or the maps cannot be read.
+pub(super) fn run(places: &Places, output: &Output) -> anyhow::Result<Outcome> {
+    let Places { pin_path, state_dir, .. } = places;
     let (alive, running) = (status::is_alive(state_dir), status::of_living(state_dir));
     let last = running.clone().or_else(|| status::read(state_dir));
     if last.as_ref().is_some_and(|status| status.takeover.phase == RELEASED) {
         bail!("this node is released: run `sluice takeover` to attach Sluice again");
     }
-    let view = View::read(pin_path)?;
+    let view = View::read(pin_path).map_err(|error| match &running {
+        Some(status) if !status.waiting_for.is_empty() => {
+            anyhow!("{error:#}\n\nThe agent waits for {}", status.waiting_for.join("\nand for "))
+        }
+        Some(_) | None => error,
+    })?;
     let now = unix_seconds(SystemTime::now());
     let overview = Overview {
         ready: running.as_ref().is_some_and(|status| status.ready),
-        pin_path: pin_path.to_owned(),
+        pin_path: pin_path.clone(),
         agent: AgentView {
             alive,
             pid: running.as_ref().map(|status| status.pid),
@@ -87,7 +103,7 @@ pub(super) fn run(pin_path: &Path, state_dir: &Path, format: Format) -> anyhow::
         maps: view.kernel.maps().fill(&view.image)?,
         last,
     };
-    let text = render(format, &overview, |overview| text(overview, now))?;
+    let text = output.object(&overview, |overview, style| text(overview, now, style))?;
     Ok(Outcome { text, code: u8::from(!overview.ready) })
 }
 
@@ -128,8 +144,8 @@ fn reasons(view: &View) -> anyhow::Result<Vec<ReasonView>> {
     Ok(reasons)
 }
 
-fn text(overview: &Overview, now: u64) -> String {
-    let mut text = Text(String::new());
+fn text(overview: &Overview, now: u64, style: Style) -> String {
+    let mut text = Text { text: String::new(), style };
     let last = overview.last.as_ref();
     text.line("Node", last.map_or("unknown", |status| &status.node));
     text.line("Ready", if overview.ready { "yes" } else { "no" });
@@ -154,7 +170,7 @@ fn text(overview: &Overview, now: u64) -> String {
     text.section("Maps", &overview.maps, maps_table);
     let reports = last.map_or(&[][..], |status| status.reports.as_slice());
     text.section("Problems", reports, |reports| problems_table(reports, now));
-    text.0
+    text.text
 }
 
 /// Describes the agent's process.
@@ -174,12 +190,15 @@ fn agent(agent: &AgentView, last: Option<&Status>) -> String {
 }
 
 /// The text of a status, as it grows.
-struct Text(String);
+struct Text {
+    text: String,
+    style: Style,
+}
 
 impl Text {
     fn line(&mut self, head: &str, body: &str) {
         // Writing to a string cannot fail.
-        let _ = writeln!(self.0, "{:<12}{body}", format!("{head}:"));
+        let _ = writeln!(self.text, "{:<12}{body}", format!("{head}:"));
     }
 
     /// Adds where objects come from, and the policies for traffic.
@@ -244,36 +263,45 @@ impl Text {
         for problem in &status.problems {
             self.line("Problem", problem);
         }
+        for DriftStatus { what, place, found, times, at, problem } in &status.drift {
+            let ago = age(now.saturating_sub(*at));
+            let end = match problem {
+                None => format!("repaired {ago} ago"),
+                Some(problem) => format!("not repaired, since {ago}: {problem}"),
+            };
+            let times = if *times > 1 { format!(", {times} times") } else { String::new() };
+            self.line("Drift", &format!("{what} {place}: {found}; {end}{times}"));
+        }
     }
 
     /// Adds a table under a title, or "none" if it has no rows.
     fn section<T>(&mut self, title: &str, rows: &[T], table: impl FnOnce(&[T]) -> Table) {
-        let body = if rows.is_empty() { "none\n".to_owned() } else { table(rows).text() };
+        let body = if rows.is_empty() { "none\n".to_owned() } else { table(rows).text(self.style) };
         // Writing to a string cannot fail.
-        let _ = write!(self.0, "\n{title}\n{body}");
+        let _ = write!(self.text, "\n{title}\n{body}");
     }
 }
 
 fn devices_table(devices: &[DeviceStatus]) -> Table {
-    let mut table = Table::new(&["DEVICE", "ROLE", "HOOKS", "NOTE"]);
+    let mut table = Table::new(&[whole("DEVICE"), whole("ROLE"), cut("HOOKS"), prose("NOTE")]);
     for device in devices {
         let hooks: Vec<&str> = device.hooks.iter().map(|hook| hook.word()).collect();
         let notes: Vec<&str> =
             device.problem.iter().chain(&device.notes).map(String::as_str).collect();
         table.row([
-            device.name.clone(),
-            device.role.word().to_owned(),
-            hooks.join(","),
-            notes.join("; "),
+            Cell::from(device.name.as_str()),
+            device.role.word().into(),
+            hooks.join(",").into(),
+            Cell::new(notes.join("; "), device.problem.as_ref().map(|_| Mood::Bad)),
         ]);
     }
     table
 }
 
 fn reasons_table(reasons: &[ReasonView]) -> Table {
-    let mut table = Table::new(&["REASON", "PACKETS", "MOST", "MEANING"]);
+    let mut table = Table::new(&[whole("REASON"), whole("PACKETS"), cut("MOST"), prose("MEANING")]);
     for reason in reasons {
-        let most = reason.most.as_ref().map(|name| format!("{}/{}", name.namespace, name.service));
+        let most = reason.most.as_ref().map(PortName::service);
         let cells =
             [reason.reason.to_owned(), reason.packets.to_string(), most.unwrap_or_default()];
         table.row(cells.into_iter().chain([reason.sentence.to_owned()]));
@@ -282,20 +310,21 @@ fn reasons_table(reasons: &[ReasonView]) -> Table {
 }
 
 fn maps_table(maps: &[Fill]) -> Table {
-    let mut table = Table::new(&["MAP", "ENTRIES", "MAX", "FULL"]);
+    let mut table = Table::new(&[whole("MAP"), whole("ENTRIES"), whole("MAX"), whole("FULL")]);
     for fill in maps {
         table.row([
-            fill.map.to_owned(),
-            fill.entries.to_string(),
-            fill.max.to_string(),
-            format!("{:.1}%", percent(fill.entries, fill.max)),
+            Cell::from(fill.map),
+            fill.entries.to_string().into(),
+            fill.max.to_string().into(),
+            full(percent(fill.entries, fill.max)),
         ]);
     }
     table
 }
 
 fn problems_table(reports: &[ReportStatus], now: u64) -> Table {
-    let mut table = Table::new(&["OBJECT", "FLAW", "FIELD", "SINCE", "MESSAGE"]);
+    let mut table =
+        Table::new(&[cut("OBJECT"), whole("FLAW"), cut("FIELD"), whole("SINCE"), prose("MESSAGE")]);
     for report in reports {
         table.row([
             report.subject.clone(),
@@ -306,6 +335,16 @@ fn problems_table(reports: &[ReportStatus], now: u64) -> Table {
         ]);
     }
     table
+}
+
+/// Returns how full a map is.
+fn full(percent: f64) -> Cell {
+    let mood = match percent {
+        95.0.. => Some(Mood::Bad),
+        80.0.. => Some(Mood::Warning),
+        _ => None,
+    };
+    Cell::new(format!("{percent:.1}%"), mood)
 }
 
 /// Returns the takeover's status if there is nothing to take over or to release.

@@ -12,7 +12,7 @@ use crate::daemon::takeover::{LEGACY, RELEASED, STOP};
 use crate::node::kube_proxy::{running, served_by};
 use crate::node::status::{self, TakeoverStatus, unix_seconds};
 
-/// How often the agent's status is read.
+/// The interval at which the agent's status is read.
 const PERIOD: Duration = Duration::from_millis(200);
 /// The time to wait unless --wait says otherwise.
 const WAIT: Duration = Duration::from_mins(1);
@@ -150,7 +150,7 @@ fn request(state_dir: &Path, request: Request) -> anyhow::Result<()> {
 ///
 /// # Errors
 ///
-/// When no agent runs, or with --finish kube-proxy still does.
+/// Fails if no agent runs, or with --finish kube-proxy still does.
 pub(super) fn take_over(args: &TakeoverArgs, state_dir: &Path) -> anyhow::Result<Outcome> {
     let now = status_of(state_dir)?;
     if args.finish {
@@ -198,7 +198,7 @@ pub(super) fn take_over(args: &TakeoverArgs, state_dir: &Path) -> anyhow::Result
 ///
 /// # Errors
 ///
-/// When no agent runs, or nobody would serve new connections.
+/// Fails if no agent runs, or nobody would serve new connections.
 pub(super) fn release(args: &ReleaseArgs, state_dir: &Path) -> anyhow::Result<Outcome> {
     let now = status_of(state_dir)?;
     if args.prepare {

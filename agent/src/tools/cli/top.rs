@@ -10,7 +10,7 @@ use ratatui::crossterm::event::{self, Event, KeyEventKind};
 
 use super::Outcome;
 use super::conntrack::time;
-use super::table::Table;
+use super::table::{Style, Table, When, cut, whole};
 use crate::node::view::View;
 use crate::tools::top::screen::{Next, Order, Screen, bytes, number};
 use crate::tools::top::{Change, Sample};
@@ -29,6 +29,9 @@ pub(super) struct TopArgs {
     /// Print one table with the rates of one interval, and exit.
     #[arg(long)]
     once: bool,
+    /// Print that table without headers.
+    #[arg(long, requires = "once")]
+    no_headers: bool,
 }
 
 fn interval(text: &str) -> Result<Duration, String> {
@@ -48,14 +51,14 @@ fn sample(pin_path: &Path) -> anyhow::Result<Sample> {
 ///
 /// # Errors
 ///
-/// When the maps cannot be read at the start, or the terminal cannot be used.
+/// Fails if the maps cannot be read at the start, or the terminal cannot be used.
 pub(super) fn run(args: &TopArgs, pin_path: &Path) -> anyhow::Result<Outcome> {
     let first = sample(pin_path)?;
     if args.once || !std::io::stdout().is_terminal() || !std::io::stdin().is_terminal() {
         std::thread::sleep(args.interval);
         let mut screen = Screen::new(args.sort);
         screen.show(Change::between(&first, &sample(pin_path)?));
-        return Ok(text(&screen).into());
+        return Ok(text(&screen, Style::new(When::Never, !args.no_headers)).into());
     }
     let mut terminal = ratatui::try_init().context("cannot use the terminal; try --once")?;
     let result = watch(&mut terminal, args, first, pin_path);
@@ -99,18 +102,18 @@ fn watch(
 }
 
 /// Returns the screen as tables.
-fn text(screen: &Screen) -> String {
+fn text(screen: &Screen, style: Style) -> String {
     let mut services = Table::new(&[
-        "NAMESPACE",
-        "NAME",
-        "PORT",
-        "PROTO",
-        "FAMILY",
-        "PACKETS/S",
-        "BYTES/S",
-        "CONNS/S",
-        "FAILED/S",
-        "RESETS/S",
+        cut("NAMESPACE"),
+        cut("NAME"),
+        whole("PORT"),
+        whole("PROTO"),
+        whole("FAMILY"),
+        whole("PACKETS/S"),
+        whole("BYTES/S"),
+        whole("CONNS/S"),
+        whole("FAILED/S"),
+        whole("RESETS/S"),
     ]);
     let change = screen.change();
     for ((name, family), rates) in change.services.iter().take(ROWS) {
@@ -127,7 +130,7 @@ fn text(screen: &Screen) -> String {
             number(rates.resets),
         ]);
     }
-    let mut causes = Table::new(&["REASON", "SERVICE", "PER S", "ALL"]);
+    let mut causes = Table::new(&[whole("REASON"), cut("SERVICE"), whole("PER S"), whole("ALL")]);
     for ((reason, of), count, rate) in change.causes.iter().take(ROWS) {
         let of = of.as_ref().map(|(namespace, name)| format!("{namespace}/{name}"));
         causes.row([
@@ -140,6 +143,6 @@ fn text(screen: &Screen) -> String {
     let left = change.services.len().saturating_sub(ROWS);
     let more = if left == 0 { String::new() } else { format!("and {left} more\n") };
     let causes =
-        if change.causes.is_empty() { String::new() } else { format!("\n{}", causes.text()) };
-    services.text() + &more + &causes
+        if change.causes.is_empty() { String::new() } else { format!("\n{}", causes.text(style)) };
+    services.text(style) + &more + &causes
 }

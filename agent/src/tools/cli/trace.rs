@@ -25,8 +25,8 @@ use crate::node::dataplane::{Events, Kernel, Pins, now_ns};
 use crate::node::view::{self, PortName};
 use crate::tools::trace::{Filter, Line, Names};
 
-/// How often the programs learn that somebody still listens: a third of the time after which they
-/// stop.
+/// The interval at which the request for events is renewed: a third of the time after which the
+/// programs stop.
 const RENEW: Duration = Duration::from_secs(1);
 /// The most events that are read before signals and timers are handled.
 const AT_ONCE: usize = 1_024;
@@ -165,7 +165,7 @@ impl Directory {
 ///
 /// # Errors
 ///
-/// When another process listens, or the maps cannot be used.
+/// Fails if another process listens, or the maps cannot be used.
 pub(super) fn run(args: TraceArgs, pin_path: &Path) -> anyhow::Result<Outcome> {
     runtime()?.block_on(trace(args, pin_path)).map(|()| Outcome::default())
 }
@@ -197,7 +197,7 @@ async fn trace(args: TraceArgs, pin_path: &Path) -> anyhow::Result<()> {
     ended
 }
 
-/// What listens to the programs' events.
+/// A listener to the programs' events.
 struct Listener {
     kernel: Kernel,
     directory: Directory,

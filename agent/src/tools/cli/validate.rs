@@ -4,12 +4,16 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use schemars::JsonSchema;
 use serde::Serialize;
 use sluice_core::model::report::{Flaw, Level, Report};
 
+use super::output::Output;
 use super::policy::PolicyArgs;
-use super::table::{Table, render};
-use super::{NO_OBJECTS, Outcome, Output, Usage};
+use super::table::{Mood, Table, Text, cut, prose, whole};
+use super::{NO_OBJECTS, Outcome, Usage};
+use crate::daemon::source::lint::{Suspicion, lint};
+use crate::tools::api::kinds;
 use crate::tools::explain::{Manifests, Options};
 
 /// The arguments of `sluice validate`.
@@ -32,20 +36,25 @@ pub(super) struct ValidateArgs {
     policy: PolicyArgs,
 }
 
-/// How bad a finding is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+/// The severity of a finding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Kind {
     /// The object, or the part in the field, has no effect.
     Refused,
     /// Another Service has the address that the object claims.
     Lost,
-    /// Everything has an effect, though perhaps not the intended one.
+    /// The object is served, though perhaps not as intended: with a default, without a field that
+    /// does not exist, or by nobody yet.
     Warning,
 }
 
 impl Kind {
     fn of(flaw: Flaw) -> Self {
+        // Another value counts, with which the object is served.
+        if flaw == Flaw::BadValue {
+            return Self::Warning;
+        }
         // In a cluster these two are common and temporary. A manifest with one is not served as it
         // stands.
         let is_idle = matches!(flaw, Flaw::NoClusterIp | Flaw::NoServiceLabel);
@@ -66,16 +75,31 @@ impl Kind {
 }
 
 /// A finding.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-struct Row {
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
+pub(super) struct Finding {
+    /// How bad it is.
     kind: Kind,
+    /// The object, as `Kind namespace/name`, or the document in a file.
     object: String,
+    /// The field; empty if it is the whole.
     field: String,
+    /// What is wrong, as one word.
     flaw: &'static str,
+    /// What was found, and what follows from it.
     why: String,
 }
 
-impl From<&Report> for Row {
+kinds! { Finding = "Finding"; }
+
+impl From<Suspicion> for Finding {
+    fn from(suspicion: Suspicion) -> Self {
+        let Suspicion { object, field, lint, why } = suspicion;
+        let kind = if lint.is_refused() { Kind::Refused } else { Kind::Warning };
+        Self { kind, object, field, flaw: lint.word(), why }
+    }
+}
+
+impl From<&Report> for Finding {
     fn from(report: &Report) -> Self {
         Self {
             kind: Kind::of(report.note.flaw),
@@ -99,32 +123,42 @@ pub(super) fn run(args: ValidateArgs) -> anyhow::Result<Outcome> {
     let options = Options {
         path: path.clone(),
         node: node.map(Into::into),
-        proxy_name,
+        proxy_name: proxy_name.clone(),
         policy,
         socket_path: 0,
     };
-    let manifests =
-        Manifests::read(options).with_context(|| format!("cannot read {}", path.display()))?;
+    let unreadable = || format!("cannot read {}", path.display());
+    let manifests = Manifests::read(options).with_context(unreadable)?;
     if manifests.objects() == 0 && manifests.model().reports().iter().next().is_none() {
         bail!("found no object in {}: {NO_OBJECTS}", path.display());
     }
-    let mut rows: Vec<Row> = manifests.model().reports().iter().map(Row::from).collect();
+    let mut rows: Vec<Finding> = manifests.model().reports().iter().map(Finding::from).collect();
+    let suspicions = lint(&path, proxy_name.as_deref()).with_context(unreadable)?;
+    rows.extend(suspicions.into_iter().map(Finding::from));
     rows.sort();
     let code = u8::from(rows.iter().any(|row| row.kind != Kind::Warning));
-    let text = render(output.output, &rows, |rows| {
+    let text = output.items(&rows, |rows, style| {
         if rows.is_empty() {
             return format!("No problems found in {} objects.\n", manifests.objects());
         }
-        let mut table = Table::new(&["OBJECT", "FIELD", "KIND", "WHY"]);
-        for row in rows {
-            table.row([
-                row.object.clone(),
-                row.field.clone(),
-                row.kind.as_str().to_owned(),
-                row.why.clone(),
-            ]);
-        }
-        table.text()
+        table(rows).text(style)
     })?;
     Ok(Outcome { text, code })
+}
+
+fn table(rows: &[Finding]) -> Table {
+    let mut table = Table::new(&[whole("KIND"), cut("OBJECT"), cut("FIELD"), prose("WHY")]);
+    for row in rows {
+        let mood = match row.kind {
+            Kind::Refused | Kind::Lost => Mood::Bad,
+            Kind::Warning => Mood::Warning,
+        };
+        table.row([
+            Text::new(row.kind.as_str(), Some(mood)),
+            row.object.as_str().into(),
+            row.field.as_str().into(),
+            row.why.as_str().into(),
+        ]);
+    }
+    table
 }

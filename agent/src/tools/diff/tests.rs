@@ -1,5 +1,6 @@
 //! Differences between states that a plan has made and states that were damaged.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
 

@@ -16,7 +16,7 @@ use super::State;
 use crate::node::devices::pattern::Patterns;
 use crate::node::devices::{Device, Facts, Role, Rules, Survey, survey};
 
-/// How the agent was started, or would be.
+/// The way in which the agent was started, or would be.
 #[derive(Clone, Debug, Default)]
 pub struct Inputs {
     /// The node's name, as in `nodeName` of endpoints.
@@ -33,7 +33,7 @@ pub struct Inputs {
     pub host_netns: u64,
 }
 
-/// What an agent would make of the maps.
+/// The content that the maps would get from an agent.
 #[derive(Clone, Debug)]
 pub struct Wanted {
     /// The wanted content of the maps.
@@ -42,7 +42,8 @@ pub struct Wanted {
     pub writes: Vec<Write>,
     /// The number of objects that were read.
     pub objects: usize,
-    /// What could not be read. A running agent keeps its last good form, which is not known here.
+    /// The objects that could not be read. A running agent keeps their last good form, which is not
+    /// known here.
     pub unread: Vec<Report>,
 }
 

@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use crate::node::dataplane::Failures;
 
-/// What happens to the packet or call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// The fate of the packet or call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// It goes to a backend.
@@ -45,7 +45,7 @@ impl Verdict {
 }
 
 /// Whether the backend sees the client's own address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
     /// The backend sees the client's address.
@@ -66,7 +66,7 @@ impl Source {
 }
 
 /// The requested frontend.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct Frontend {
     /// `ClusterIP`, `NodePort`, `LoadBalancer` or `ExternalIP`.
     pub kind: &'static str,
@@ -79,7 +79,7 @@ pub struct Frontend {
 }
 
 /// The address and port of a backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, schemars::JsonSchema)]
 pub struct Endpoint {
     /// The address.
     pub address: IpAddr,
@@ -88,7 +88,7 @@ pub struct Endpoint {
 }
 
 /// A backend that clients of this class may reach.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct Candidate {
     /// The address.
     pub address: IpAddr,
@@ -99,7 +99,7 @@ pub struct Candidate {
     /// TCP connections from this node that were translated at the socket; 0 if the answer comes
     /// from manifests.
     pub connects: u64,
-    /// How many of them were refused or not answered.
+    /// Number of them that were refused or not answered.
     pub failed: u64,
     /// Flows that were opened to it; 0 if the answer comes from manifests.
     pub flows: u64,
@@ -108,18 +108,18 @@ pub struct Candidate {
 }
 
 /// Session affinity.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct Affinity {
-    /// How long a client stays with its backend after its last flow began.
+    /// The seconds for which a client stays with its backend after its last flow began.
     pub seconds: u32,
 }
 
 /// A step of the decision.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct Step {
     /// The kind of step, as one word.
     pub step: &'static str,
-    /// What was found, as text for people.
+    /// The finding, as text for people.
     pub text: String,
     /// The Kubernetes object behind it, as `Kind namespace/name`.
     pub object: Option<String>,
@@ -127,8 +127,8 @@ pub struct Step {
     pub field: Option<String>,
 }
 
-/// What happens to a packet or call.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+/// The fate of a packet or call.
+#[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct Answer {
     /// The verdict.
     pub verdict: Verdict,
@@ -150,7 +150,7 @@ pub struct Answer {
     pub affinity: Option<Affinity>,
     /// The steps of the decision, in order.
     pub steps: Vec<Step>,
-    /// What happens to the call, if it is translated before a packet exists.
+    /// The fate of the call, if it is translated before a packet exists.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub socket: Option<Box<Answer>>,
 }

@@ -51,7 +51,7 @@ impl Live {
     ///
     /// # Errors
     ///
-    /// When netlink cannot be used.
+    /// Fails if netlink cannot be used.
     pub fn new() -> std::io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (handle, links) = runtime.block_on(async {
@@ -67,7 +67,7 @@ impl Live {
     ///
     /// # Errors
     ///
-    /// When a map cannot be read.
+    /// Fails if a map cannot be read.
     pub fn world(
         &self,
         kernel: &Kernel,

@@ -30,7 +30,7 @@ const EDGE: u32 = 2;
 /// The ifindex of the assumed uplink.
 const UPLINK: u32 = 3;
 
-/// How the agent of the assumed node is started.
+/// The options with which the agent of the assumed node is started.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     /// A directory of manifests, or one file.
@@ -43,6 +43,28 @@ pub struct Options {
     pub policy: Policy,
     /// One of [`abi::socket_path`].
     pub socket_path: u32,
+}
+
+impl Options {
+    /// Takes the only Node of the manifests if no other is requested.
+    fn choose_node(&mut self, changes: &[Change]) -> Result<(), ReadError> {
+        let nodes: Vec<Arc<str>> = changes
+            .iter()
+            .filter_map(|change| {
+                if let Change::Node(name, Some(_)) = change { Some(name.clone()) } else { None }
+            })
+            .collect();
+        match (&self.node, &nodes[..]) {
+            (None, [only]) => self.node = Some(only.clone()),
+            (Some(name), [_, ..])
+                if !nodes.contains(name) && self.policy.node_addresses.is_empty() =>
+            {
+                return Err(ReadError::NoNode(name.clone(), nodes.join(", ")));
+            }
+            (None | Some(_), _) => {}
+        }
+        Ok(())
+    }
 }
 
 /// Manifests, with the model and the plan of them.
@@ -61,26 +83,18 @@ impl Manifests {
     ///
     /// # Errors
     ///
-    /// When the directory or file cannot be read, or when it has Nodes but not the requested one,
+    /// Fails if the directory or file cannot be read, or when it has Nodes but not the requested one,
     /// and the policy does not give its addresses. Problems with objects are in the model's
     /// reports.
     pub fn read(mut options: Options) -> Result<Self, ReadError> {
         let changes = Folder::new(options.path.clone()).scan()?;
-        let nodes: Vec<Arc<str>> = changes
-            .iter()
-            .filter_map(|change| {
-                if let Change::Node(name, Some(_)) = change { Some(name.clone()) } else { None }
-            })
-            .collect();
-        match (&options.node, &nodes[..]) {
-            (None, [only]) => options.node = Some(only.clone()),
-            (Some(name), [_, ..])
-                if !nodes.contains(name) && options.policy.node_addresses.is_empty() =>
-            {
-                return Err(ReadError::NoNode(name.clone(), nodes.join(", ")));
-            }
-            (None | Some(_), _) => {}
-        }
+        options.choose_node(&changes)?;
+        Ok(Self::of(options, changes))
+    }
+
+    /// Plans the maps of objects that have been read.
+    #[must_use]
+    pub fn of(options: Options, changes: Vec<Change>) -> Self {
         let settings = model::Settings {
             node: options.node.clone(),
             proxy_name: options.proxy_name.clone().map(Into::into),
@@ -94,7 +108,7 @@ impl Manifests {
         let mut manifests =
             Self { options, cluster, model: Model::new(settings), plan, objects: 0 };
         manifests.feed(changes);
-        Ok(manifests)
+        manifests
     }
 
     /// Returns the number of objects that were read, good and bad.
@@ -112,7 +126,7 @@ impl Manifests {
     ///
     /// # Errors
     ///
-    /// When it, or a part of it, cannot be read, or it is empty.
+    /// Fails if it, or a part of it, cannot be read, or it is empty.
     pub fn apply(&mut self, path: &Path) -> Result<(), ApplyError> {
         let changes = whole(path)?;
         self.feed(changes);
@@ -147,6 +161,18 @@ impl Manifests {
                 self.model.set_plan_notes(&service, notes, now);
             }
         }
+    }
+
+    /// Returns the name of the assumed node, if there is one.
+    #[must_use]
+    pub fn node(&self) -> Option<&str> {
+        self.options.node.as_deref()
+    }
+
+    /// Returns the planned maps.
+    #[must_use]
+    pub fn image(&self) -> &Image {
+        self.plan.image()
     }
 
     /// Returns the model of the objects.
@@ -259,7 +285,7 @@ impl World {
     ///
     /// # Errors
     ///
-    /// When they cannot be read, or have only a part of a Service.
+    /// Fails if they cannot be read, or have only a part of a Service.
     pub fn apply(&mut self, path: &Path, sizes: Sizes, node: &str) -> Result<(), ApplyError> {
         let changes = whole(path)?;
         let (mut services, mut owners) = (BTreeSet::new(), BTreeSet::new());

@@ -15,7 +15,7 @@ pub(super) struct Meeting<F: Side> {
     pub(super) ifindex: u32,
     pub(super) decision: Decision<F>,
     pub(super) asked: Vec<Asked<F>>,
-    /// What happens to the packet.
+    /// The action on the packet.
     pub(super) action: Action,
     /// The ICMP error that answers the packet, with the MTU in it.
     pub(super) answered: Option<(IcmpError, u32)>,

@@ -28,7 +28,7 @@ pub(super) enum Asked<F: Family> {
     SourceRanges { within: bool },
     /// Whether node ports are served at the address.
     NodeAddress { serves: bool },
-    /// Where packets leave.
+    /// The devices by which packets leave.
     Routes(Routes),
 }
 

@@ -42,7 +42,7 @@ pub enum Error {
 ///
 /// # Errors
 ///
-/// When no hook handles the packet.
+/// Fails if no hook handles the packet.
 pub fn explain(question: &Question, world: &World, routing: &dyn Routing) -> Result<Answer, Error> {
     if question.source.is_ipv4() {
         Walk::<V4>::new(question, world, routing).answer()
@@ -58,7 +58,7 @@ struct Walk<'w, F: Side> {
     tuple: Tuple<F::Address>,
 }
 
-/// What happens to a call.
+/// The fate of a call.
 enum Call {
     /// No program handles the call.
     Unseen,

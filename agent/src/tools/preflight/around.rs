@@ -15,7 +15,7 @@ const NAME: &str = "accelerate";
 /// The most rules of a chain that are listed. The others are counted.
 const LISTED_MAX: usize = 3;
 
-/// What such packets bypass.
+/// The parts of the stack that such packets bypass.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Skipped {
     /// Base chains with their rules, for people.

@@ -39,7 +39,7 @@ const BASIC: u64 = 1;
 /// The most names in a row.
 const NAMES_MAX: usize = 6;
 
-/// What a device reports about its driver, without being changed.
+/// The driver of a device, as the device itself reports it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Driver {
     /// Its name.

@@ -85,7 +85,7 @@ impl Prefix {
     }
 }
 
-/// What a rule compares in a packet.
+/// The field of a packet that a rule compares.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Named {
     Ports(RangeInclusive<u16>),

@@ -29,7 +29,7 @@ const DUMMY: &str = "sluice-try2";
 /// The result of each attempt.
 #[derive(Debug, Default)]
 pub(super) struct Tried {
-    /// Why nothing could be tried. Then the rest is empty.
+    /// The reason why nothing could be tried. Then the rest is empty.
     pub(super) ground: Option<String>,
     /// The results with a TCX link, by classifier.
     pub(super) tcx: BTreeMap<String, io::Result<()>>,

@@ -43,7 +43,7 @@ pub(crate) struct Screen {
     reversed: bool,
     /// The chosen service. It stays chosen wherever it moves to.
     chosen: Option<Service>,
-    /// Why there are no new figures.
+    /// The reason why there are no new figures.
     problem: Option<String>,
 }
 
@@ -187,9 +187,8 @@ impl Screen {
 
     fn services(&self, frame: &mut Frame<'_>, area: Rect) {
         let rows = self.change.services.iter().map(|((name, family), rates)| {
-            let service = format!("{}/{}", name.namespace, name.service);
             let port = format!("{}/{}", name.port, name.protocol);
-            let cells = [service, port, format!("IPv{family}")];
+            let cells = [name.service(), port, format!("IPv{family}")];
             Row::new(cells.into_iter().chain(cells_of(rates)))
         });
         let widths = [
@@ -235,10 +234,7 @@ impl Screen {
             Constraint::Length(8),
             Constraint::Length(8),
         ];
-        let of = self
-            .chosen
-            .as_ref()
-            .map(|(name, _)| format!(" of {}/{}:{}", name.namespace, name.service, name.port));
+        let of = self.chosen.as_ref().map(|(name, _)| format!(" of {name}"));
         let table = Table::new(rows, widths)
             .header(header([
                 "BACKEND",

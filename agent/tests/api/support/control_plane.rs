@@ -20,7 +20,7 @@ pub(crate) const AGENT: &str = "agent";
 pub(crate) const NEWCOMER: &str = "newcomer";
 /// A node that is an object and nothing else.
 pub(crate) const ELSEWHERE: &str = "elsewhere";
-/// Where the API server listens.
+/// The API server's port.
 pub(crate) const PORT: u16 = 6443;
 
 /// Endpoints the real controller puts into a slice: few, so that few pods make many slices.
@@ -87,17 +87,17 @@ impl ControlPlane {
         self.host.spawn(self.programs.join(program), args)
     }
 
-    /// The host that all of it runs on.
+    /// Returns the host on which everything runs.
     pub(crate) fn host(&self) -> &Client {
         &self.host
     }
 
-    /// The API server's address, by a port of its host.
+    /// Returns the API server's address, by a port of its host.
     pub(crate) fn url(&self, port: u16) -> String {
         format!("https://{}:{port}", self.host.ipv4())
     }
 
-    /// How a user reaches the API server: a kubeconfig.
+    /// Returns the path of a user's kubeconfig for the API server.
     pub(crate) fn kubeconfig(&self, user: &str) -> PathBuf {
         self.folder.join(format!("{user}.yaml"))
     }

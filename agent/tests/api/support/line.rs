@@ -19,7 +19,7 @@ pub(crate) struct Line {
 
 #[derive(Default)]
 struct State {
-    /// What it carries of the server's bytes in a millisecond; 0: all.
+    /// Bytes of the server that pass per millisecond, or 0 for no limit.
     rate: AtomicU64,
     /// Bytes of the server after which each connection breaks; 0: never.
     span: AtomicU64,
@@ -28,7 +28,7 @@ struct State {
 }
 
 impl Line {
-    /// A line that is as good as none; its threads end with the process.
+    /// Returns a line without delay or loss; its threads end with the process.
     pub(crate) fn new(plane: &ControlPlane) -> Result<Self> {
         plane.host().enter(|| {
             let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0))?;
@@ -48,7 +48,7 @@ impl Line {
         })?
     }
 
-    /// The port that it listens on.
+    /// Returns the port that it listens on.
     pub(crate) fn port(&self) -> u16 {
         self.port
     }
@@ -71,7 +71,7 @@ impl Line {
         }
     }
 
-    /// How many connections were made so far.
+    /// Returns the number of connections made so far.
     pub(crate) fn made(&self) -> u64 {
         self.state.made.load(Ordering::Relaxed)
     }

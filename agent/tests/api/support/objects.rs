@@ -1,4 +1,4 @@
-//! What tests put into the API server: a namespace's objects.
+//! The objects that tests create in the API server, each test in a namespace of its own.
 
 use std::sync::Arc;
 
@@ -26,7 +26,7 @@ pub(crate) struct Pod<'a> {
     pub(crate) port: u16,
 }
 
-/// The path of objects of a kind.
+/// Returns the path of objects of a kind.
 fn kind_path(namespace: &str, kind: &str) -> String {
     let group = if kind == "endpointslices" { "apis/discovery.k8s.io/v1" } else { "api/v1" };
     format!("/{group}/namespaces/{namespace}/{kind}")
@@ -50,7 +50,7 @@ impl Space {
         }
     }
 
-    /// The path of an object, or of all of a kind if the name is empty.
+    /// Returns the path of an object, or of all of a kind if the name is empty.
     pub(crate) fn path(&self, kind: &str, name: &str) -> String {
         let path = kind_path(&self.name, kind);
         if name.is_empty() { path } else { format!("{path}/{name}") }
@@ -145,7 +145,7 @@ impl Space {
         self.set_ready(pod.name, true);
     }
 
-    /// What a kubelet says of a pod whose processes have ended after its deletion.
+    /// Reports, as a kubelet does, that the processes of a deleted pod have ended.
     #[track_caller]
     pub(crate) fn end_pod(&self, pod: &str) {
         let now = json!({"gracePeriodSeconds": 0});

@@ -1,4 +1,4 @@
-//! What a node's maps hold, as `sluice services` and `sluice backends` tell.
+//! The content of a node's maps, as `sluice services` and `sluice backends` print it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -11,8 +11,8 @@ use sluice_lab::Node;
 
 use super::wait_for;
 
-/// How long a change may take until it is in the maps. Controllers gather and back off; ours is a
-/// small part.
+/// The time that a change may take to reach the maps. Controllers gather changes and back off; our
+/// own share is small.
 pub(crate) const IN_TIME: Duration = Duration::from_secs(20);
 
 /// Frontend (`10.96.1.1:80`) -> the backends that take new flows.
@@ -38,7 +38,8 @@ struct BackendRow {
     share: f64,
 }
 
-/// What is programmed of one namespace, but for node ports; an error where nothing can be read.
+/// Returns what is programmed for one namespace except for node ports, or an error if nothing can
+/// be read.
 pub(crate) fn programmed(node: &Node, namespace: &str) -> Result<Programmed, String> {
     let services: Vec<ServiceRow> = rows(node, &["services", "-o", "json", "-n", namespace])?;
     let backends: Vec<BackendRow> = rows(node, &["backends", "-o", "json"])?;
@@ -62,8 +63,14 @@ pub(crate) fn programmed(node: &Node, namespace: &str) -> Result<Programmed, Str
 }
 
 fn rows<T: DeserializeOwned>(node: &Node, args: &[&str]) -> Result<Vec<T>, String> {
+    #[derive(Deserialize)]
+    struct List<T> {
+        items: Vec<T>,
+    }
     let text = node.sluice(args).map_err(|error| format!("{error:#}"))?;
-    serde_json::from_str(&text).map_err(|error| format!("{error} in {text}"))
+    let list: List<T> =
+        serde_json::from_str(&text).map_err(|error| format!("{error} in {text}"))?;
+    Ok(list.items)
 }
 
 /// Waits until exactly this is programmed of a namespace.
@@ -81,7 +88,7 @@ pub(crate) fn expect(node: &Node, namespace: &str, wanted: &[(&str, &[&str])]) {
     });
 }
 
-/// What `sluice status` says.
+/// Returns the output of `sluice status`.
 #[track_caller]
 pub(crate) fn status(node: &Node) -> Value {
     wait_for("a status", Duration::from_secs(10), || {
@@ -92,8 +99,8 @@ pub(crate) fn status(node: &Node) -> Value {
     })
 }
 
-/// What is wrong with the agent's view of the API server, in its own words; [`None`] while all is
-/// well.
+/// Returns the agent's own description of its problem with the API server, or [`None`] if it has
+/// none.
 #[track_caller]
 pub(crate) fn problem(node: &Node) -> Option<String> {
     status(node).pointer("/last/sources/0/problem").and_then(Value::as_str).map(ToOwned::to_owned)

@@ -1,4 +1,4 @@
-//! A case: what the maps hold, a packet, and what must come of both.
+//! A case: the content of the maps, a packet, and the expected outcome of both.
 
 use sluice_common::abi::{Affinity, DatagramPorts, Event, Flow, state};
 use sluice_common::{Failure, Reason};
@@ -17,7 +17,7 @@ pub(crate) enum Program {
 }
 
 impl Program {
-    /// Its name in the object.
+    /// Returns its name in the object.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Ingress => "tc_ingress_l2",
@@ -28,7 +28,7 @@ impl Program {
         }
     }
 
-    /// Bytes of its packets' link header.
+    /// Returns the length of its packets' link header in bytes.
     pub(crate) fn link(self) -> u32 {
         match self {
             Self::Ingress | Self::Egress | Self::Xdp => 14,
@@ -37,7 +37,7 @@ impl Program {
     }
 }
 
-/// What a program answers.
+/// The return value of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
     /// tc: the next program decides.
@@ -52,28 +52,29 @@ pub(crate) enum End {
     XdpDrop,
 }
 
-/// How a packet was counted.
+/// The counter of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Counted {
-    /// Per reason.
+    /// A reason's.
     Reason { reason: Reason, service_port: u32, bytes: u32 },
-    /// Towards a backend.
+    /// That of packets towards a backend.
     Forward { backend: u32, bytes: u32, opened: bool },
-    /// From a backend.
+    /// That of packets from a backend.
     Reply { backend: u32, bytes: u32 },
 }
 
-/// What came, or must come, of a packet.
+/// The observed or expected outcome of a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Outcome {
     pub(crate) end: End,
     pub(crate) frame: Vec<u8>,
-    /// One element at most. `None` in an expectation: the two ways must agree, on whatever it is.
+    /// At most one element. `None` in an expectation: kernel and host must agree, whatever they
+    /// count.
     pub(crate) counted: Option<Vec<Counted>>,
     /// The failure that was counted at a backend, if any.
     pub(crate) failed: Vec<(u32, Failure)>,
-    /// What was told to those who listen, without the time. `None`, in every expectation: the two
-    /// ways must agree.
+    /// Events sent to listeners, without their times. `None` in every expectation: kernel and host
+    /// must agree.
     pub(crate) events: Option<Vec<Event>>,
     pub(crate) flows: Flows,
     pub(crate) embryonic: Flows,
@@ -90,12 +91,12 @@ pub(crate) struct Case {
     pub(crate) world: World,
     pub(crate) program: Program,
     pub(crate) ifindex: u32,
-    /// At an egress, the device that the packet came in by; 0: this host has sent it.
+    /// At an egress, the device that the packet came in by, or 0 if this host has sent it.
     pub(crate) came_by: u32,
     pub(crate) input: Vec<u8>,
     pub(crate) expected: Outcome,
-    /// The checksum is left to the device: a test run cannot make such an skb, so this is for the
-    /// host alone.
+    /// Whether the checksum is left to the device. A test run cannot make such an skb, so such
+    /// cases run on the host alone.
     pub(crate) partial: bool,
     /// Whether this is another case's packet, cut off.
     pub(crate) is_cut: bool,
@@ -123,12 +124,12 @@ pub(crate) fn case(name: impl Into<String>) -> Draft {
 pub(crate) struct Draft {
     name: String,
     world: Option<World>,
-    /// The program and its device.
+    /// The program, and its device.
     met: Option<(Program, u32)>,
 }
 
 impl Draft {
-    /// Sets what the maps hold before the packet.
+    /// Sets the content of the maps before the packet.
     pub(crate) fn world(self, world: &World) -> Self {
         Self { world: Some(world.clone()), ..self }
     }
@@ -163,8 +164,7 @@ impl Draft {
         Self { met: Some((program, ifindex)), ..self }
     }
 
-    /// Sends a packet, which is passed untouched, not counted, and leaves nothing behind, until
-    /// said otherwise.
+    /// Sends a packet. By default it is passed untouched, not counted, and leaves nothing behind.
     pub(crate) fn sends(self, frame: &Frame) -> Case {
         let world = self.world.expect("a case says what the maps hold");
         let (program, ifindex) = self.met.expect("a case says which program it runs");
@@ -198,20 +198,20 @@ impl Draft {
 }
 
 impl Case {
-    /// Has come in by a device, and leaves by another one.
+    /// Sets the device by which the packet came in, and leaves by another one.
     pub(crate) fn came_by(mut self, ifindex: u32) -> Self {
         self.came_by = ifindex;
         self
     }
 
-    /// Becomes this frame.
+    /// Expects the packet to become this frame.
     pub(crate) fn becomes(mut self, frame: &Frame) -> Self {
         self.expected.frame = frame.bytes();
         self
     }
 
-    /// Becomes this frame and is sent where the FIB says; what has no link header gets one without
-    /// addresses.
+    /// Expects the packet to become this frame and to be sent where the FIB says. A packet without
+    /// a link header gets one without addresses.
     pub(crate) fn routed(mut self, frame: &Frame) -> Self {
         let ethertype: [u8; 2] = if frame.source.is_ipv4() { [8, 0] } else { [0x86, 0xdd] };
         let header =
@@ -220,7 +220,7 @@ impl Case {
         self.ends(End::Redirect)
     }
 
-    /// Ends like this instead.
+    /// Expects the program to return this instead.
     pub(crate) fn ends(mut self, end: End) -> Self {
         self.expected.end = end;
         self
@@ -231,77 +231,77 @@ impl Case {
         self.ends(End::Drop).reason(reason, service_port)
     }
 
-    /// Is counted by a reason.
+    /// Expects the packet to be counted with a reason.
     pub(crate) fn reason(mut self, reason: Reason, service_port: u32) -> Self {
         self.expected.counted =
             Some(vec![Counted::Reason { reason, service_port, bytes: self.length }]);
         self
     }
 
-    /// Is counted with this length, whatever its fields say.
+    /// Expects the packet to be counted with this length, whatever its fields say.
     pub(crate) fn says(mut self, length: u32) -> Self {
         self.length = length;
         self
     }
 
-    /// Is counted as the first packet to a backend.
+    /// Expects the packet to be counted as the first one to a backend.
     pub(crate) fn opens(mut self, backend: u32) -> Self {
         self.expected.counted =
             Some(vec![Counted::Forward { backend, bytes: self.length, opened: true }]);
         self
     }
 
-    /// Is counted as a packet to a backend.
+    /// Expects the packet to be counted as one to a backend.
     pub(crate) fn forward(mut self, backend: u32) -> Self {
         self.expected.counted =
             Some(vec![Counted::Forward { backend, bytes: self.length, opened: false }]);
         self
     }
 
-    /// Is counted as a packet from a backend.
+    /// Expects the packet to be counted as one from a backend.
     pub(crate) fn reply(mut self, backend: u32) -> Self {
         self.expected.counted = Some(vec![Counted::Reply { backend, bytes: self.length }]);
         self
     }
 
-    /// Is counted as the failure of its flow to begin, too.
+    /// Expects the failure of its flow to begin to be counted, too.
     pub(crate) fn failed(mut self, backend: u32, failure: Failure) -> Self {
         self.expected.failed = vec![(backend, failure)];
         self
     }
 
-    /// Leaves exactly these entries in `flows`.
+    /// Expects exactly these entries in `flows`.
     pub(crate) fn flows(mut self, flows: impl IntoIterator<Item = Flows>) -> Self {
         self.expected.flows = flows.into_iter().flatten().collect();
         self
     }
 
-    /// Leaves exactly these entries in `embryonic`.
+    /// Expects exactly these entries in `embryonic`.
     pub(crate) fn embryonic(mut self, flows: impl IntoIterator<Item = Flows>) -> Self {
         self.expected.embryonic = flows.into_iter().flatten().collect();
         self
     }
 
-    /// Leaves exactly these clients in `affinity`.
+    /// Expects exactly these clients in `affinity`.
     pub(crate) fn affinity(mut self, affinity: Affinities) -> Self {
         self.expected.affinity = affinity;
         self
     }
 
-    /// Leaves exactly these tuples in `exhausted`.
+    /// Expects exactly these tuples in `exhausted`.
     pub(crate) fn exhausted(mut self, exhausted: Exhausted) -> Self {
         self.expected.exhausted = exhausted;
         self
     }
 
-    /// Leaves exactly these datagrams in `fragments`, besides what the agent says there.
+    /// Expects exactly these datagrams in `fragments`, besides the agent's own entries.
     pub(crate) fn fragments(mut self, fragments: Datagrams) -> Self {
         self.expected.fragments.retain(|key, _| key.protocol == 0);
         self.expected.fragments.extend(fragments);
         self
     }
 
-    /// Leaves these marks.
+    /// Expects these marks.
     pub(crate) fn marks(mut self, marks: u32) -> Self {
         self.expected.marks = marks;
         self
@@ -313,7 +313,8 @@ impl Case {
         self
     }
 
-    /// The packet cut off behind each of its bytes: never touched, whatever is counted.
+    /// Returns the case with its packet cut off behind each byte. Such a packet is never modified,
+    /// whatever is counted.
     pub(crate) fn every_prefix(&self) -> Vec<Self> {
         (0..self.input.len())
             .map(|length| {
@@ -338,7 +339,7 @@ impl Case {
     }
 }
 
-/// Forgives a tick that passed between filling the maps and the packet.
+/// Corrects the outcome for a tick that may have passed between filling the maps and the packet.
 pub(crate) fn settle(actual: &mut Outcome, expected: &Outcome) {
     let forgive = |seen: &mut u32, expected: u32| {
         if seen.wrapping_sub(expected).wrapping_add(1) <= 2 {
@@ -351,7 +352,7 @@ pub(crate) fn settle(actual: &mut Outcome, expected: &Outcome) {
         for (key, Flow { seen, replied, .. }) in actual {
             if let Some(expected) = expected.get(key) {
                 forgive(seen, expected.seen);
-                // At tick zero it looks as if an unproven flow's endpoint was never heard.
+                // At tick zero an unproven flow looks as if its endpoint was never heard.
                 if expected.replied == UNSAID
                     || *replied == UNSAID && expected.state & state::ESTABLISHED == 0
                 {

@@ -1,4 +1,4 @@
-//! The table.
+//! The table of cases.
 
 mod accelerated;
 mod affinity;
@@ -31,7 +31,7 @@ pub(crate) use host::moved;
 
 use super::case::Case;
 
-/// Cases as they are collected.
+/// The cases that are collected.
 #[derive(Debug, Default)]
 pub(crate) struct Table {
     cases: Vec<Case>,
@@ -43,13 +43,14 @@ impl Table {
         self.cases.push(case);
     }
 
-    /// Adds a case that is run once more for every length it can be cut off at.
+    /// Adds a case that also runs once for every length at which its packet can be cut off.
     fn cut(&mut self, case: Case) {
         self.cut.push(case.clone());
         self.cases.push(case);
     }
 
-    /// As [`Table::cut`]; without the last so many bytes of padding the packet is still whole.
+    /// As [`Table::cut`], for a packet that is still whole without its last bytes, which are
+    /// padding.
     fn cut_padded(&mut self, case: Case, padding: usize) {
         if padding == 0 { self.cut(case) } else { self.add(case) }
     }
@@ -86,19 +87,19 @@ fn table() -> Table {
     table
 }
 
-/// Every case, but for [`large`].
+/// Returns all cases except those of [`large`].
 pub(crate) fn all() -> Vec<Case> {
     table().cases
 }
 
-/// Cases whose flows need large maps.
+/// Returns the cases whose flows need large maps.
 pub(crate) fn large() -> Vec<Case> {
     let mut table = Table::default();
     claim::add_large(&mut table);
     table.cases
 }
 
-/// Every case, and some of them once for each length they can be cut off at.
+/// Returns all cases, some of them once more for each length at which they can be cut off.
 pub(crate) fn with_prefixes() -> Vec<Case> {
     let Table { mut cases, cut } = table();
     cases.extend(cut.iter().flat_map(Case::every_prefix));

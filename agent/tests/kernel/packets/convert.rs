@@ -1,5 +1,5 @@
-//! A world in one family's addresses and with times, and back: worlds have any family's addresses,
-//! and ages.
+//! Converts a world to one family's addresses and to times, and back. A world has addresses of any
+//! family, and ages.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -12,7 +12,7 @@ use sluice_common::abi::{
 use super::ip::Ip;
 use super::world::{self, Affinities, Datagrams, Exhausted, Flows, World};
 
-/// A key with a family's addresses.
+/// Converts a key to a family's addresses.
 pub(crate) fn service_key<F: Ip>(key: &ServiceKey<IpAddr>) -> Option<ServiceKey<F::Address>> {
     Some(ServiceKey {
         address: F::of(key.address)?,
@@ -22,13 +22,13 @@ pub(crate) fn service_key<F: Ip>(key: &ServiceKey<IpAddr>) -> Option<ServiceKey<
     })
 }
 
-/// A backend with a family's address.
+/// Converts a backend to a family's address.
 pub(crate) fn backend<F: Ip>(backend: &Backend<IpAddr>) -> Option<Backend<F::Address>> {
     let Backend { address, port, generation, service_port, flags } = *backend;
     Some(Backend { address: F::of(address)?, port, generation, service_port, flags })
 }
 
-/// Origins with a family's addresses.
+/// Converts origins to a family's addresses.
 pub(crate) fn origins<F: Ip>(
     world: &World,
 ) -> BTreeMap<OriginKey<F::Address>, Origins<F::Address>> {
@@ -46,7 +46,7 @@ pub(crate) fn origins<F: Ip>(
         .collect()
 }
 
-/// A tuple with a family's addresses.
+/// Converts a tuple to a family's addresses.
 pub(crate) fn tuple<F: Ip>(tuple: &Tuple<IpAddr>) -> Option<Tuple<F::Address>> {
     Some(Tuple {
         source: F::of(tuple.source)?,
@@ -59,7 +59,7 @@ pub(crate) fn tuple<F: Ip>(tuple: &Tuple<IpAddr>) -> Option<Tuple<F::Address>> {
     })
 }
 
-/// The way back of [`tuple`].
+/// Converts a tuple back.
 pub(crate) fn tuple_told<F: Ip>(tuple: &Tuple<F::Address>) -> Tuple<IpAddr> {
     Tuple {
         source: F::ip(tuple.source),
@@ -72,7 +72,7 @@ pub(crate) fn tuple_told<F: Ip>(tuple: &Tuple<F::Address>) -> Tuple<IpAddr> {
     }
 }
 
-/// A mask of so many bits, as far as the family has them.
+/// Returns a mask of this many bits, as far as the family has them.
 fn mask<F: Ip>(bits: u8) -> F::Address {
     let mask = !u128::MAX.checked_shr(u32::from(bits)).unwrap_or(0);
     let mask = Ipv6Addr::from(mask);
@@ -80,7 +80,7 @@ fn mask<F: Ip>(bits: u8) -> F::Address {
     F::of(mask.into()).or(F::of(Ipv4Addr::new(a, b, c, d).into())).unwrap_or_default()
 }
 
-/// Prefixes of a kind: those of the family, and what stands for none.
+/// Returns the family's prefixes of a kind, filled up with prefixes that match nothing.
 pub(crate) fn prefixes<F: Ip>(nets: &[(IpAddr, u8)]) -> [Prefix<F::Address>; PREFIXES] {
     let mut prefixes = [Prefix { network: mask::<F>(128), mask: mask::<F>(0) }; PREFIXES];
     let own = nets.iter().filter_map(|(network, bits)| {
@@ -92,12 +92,12 @@ pub(crate) fn prefixes<F: Ip>(nets: &[(IpAddr, u8)]) -> [Prefix<F::Address>; PRE
     prefixes
 }
 
-/// The ranges of the cluster with a family's addresses.
+/// Converts the networks of the cluster to a family's addresses.
 pub(crate) fn networks<F: Ip>(world: &World) -> Networks<F::Address> {
     Networks { pods: prefixes::<F>(&world.pods), services: prefixes::<F>(&world.service_nets) }
 }
 
-/// Clients with a family's addresses, and times instead of ages.
+/// Converts clients to a family's addresses, and ages to times.
 pub(crate) fn affinities<F: Ip>(
     world: &World,
     now: Ticks,
@@ -109,7 +109,7 @@ pub(crate) fn affinities<F: Ip>(
     world.affinity.iter().filter_map(convert).collect()
 }
 
-/// The way back of [`affinities`].
+/// Converts clients back.
 pub(crate) fn affinities_told<F: Ip>(
     entries: impl IntoIterator<Item = (AffinityKey<F::Address>, Affinity)>,
     now: Ticks,
@@ -121,7 +121,7 @@ pub(crate) fn affinities_told<F: Ip>(
     entries.into_iter().map(convert).collect()
 }
 
-/// Searches in vain with a family's addresses, and times instead of ages.
+/// Converts searches that found nothing to a family's addresses, and ages to times.
 pub(crate) fn exhausted<F: Ip>(world: &World, now: Ticks) -> BTreeMap<Tuple<F::Address>, Ticks> {
     world
         .exhausted
@@ -130,7 +130,7 @@ pub(crate) fn exhausted<F: Ip>(world: &World, now: Ticks) -> BTreeMap<Tuple<F::A
         .collect()
 }
 
-/// The way back of [`exhausted`].
+/// Converts such searches back.
 pub(crate) fn exhausted_told<F: Ip>(
     entries: impl IntoIterator<Item = (Tuple<F::Address>, Ticks)>,
     now: Ticks,
@@ -138,12 +138,12 @@ pub(crate) fn exhausted_told<F: Ip>(
     entries.into_iter().map(|(key, tick)| (tuple_told::<F>(&key), now.wrapping_sub(tick))).collect()
 }
 
-/// Netfilter's packets with a family's addresses.
+/// Converts netfilter's packets to a family's addresses.
 pub(crate) fn imported<F: Ip>(world: &World) -> BTreeMap<Tuple<F::Address>, u32> {
     world.imported.iter().filter_map(|(key, bits)| Some((tuple::<F>(key)?, *bits))).collect()
 }
 
-/// Datagrams with a family's addresses, and times instead of ages.
+/// Converts datagrams to a family's addresses, and ages to times.
 pub(crate) fn datagrams<F: Ip>(
     world: &World,
     now: Ticks,
@@ -157,7 +157,7 @@ pub(crate) fn datagrams<F: Ip>(
     world.fragments.iter().filter_map(convert).collect()
 }
 
-/// The way back of [`datagrams`].
+/// Converts datagrams back.
 pub(crate) fn datagrams_told<F: Ip>(
     entries: impl IntoIterator<Item = (Datagram<F::Address>, DatagramPorts)>,
     now: Ticks,
@@ -171,7 +171,7 @@ pub(crate) fn datagrams_told<F: Ip>(
     entries.into_iter().map(convert).collect()
 }
 
-/// Entries with a family's addresses, and times instead of ages.
+/// Converts entries to a family's addresses, and ages to times.
 pub(crate) fn entries<F: Ip>(
     flows: &Flows,
     now: Ticks,
@@ -213,7 +213,7 @@ pub(crate) fn entries<F: Ip>(
     flows.iter().filter_map(|(key, entry)| convert(key, entry)).collect()
 }
 
-/// The way back of [`entries`].
+/// Converts entries back.
 pub(crate) fn told<F: Ip>(
     entries: impl IntoIterator<Item = (Tuple<F::Address>, Flow<F::Address>)>,
     now: Ticks,
@@ -242,7 +242,7 @@ pub(crate) fn told<F: Ip>(
             seen: now.wrapping_sub(seen),
             replied: match replied {
                 _ if state & (state::GUESS | state::ANSWERED) != 0 => replied,
-                // The endpoint of a proven flow was heard, at whatever tick.
+                // The endpoint of a proven flow was heard at some tick, whichever it was.
                 0 if state & state::ESTABLISHED == 0 => world::UNSAID,
                 tick => now.wrapping_sub(tick),
             },

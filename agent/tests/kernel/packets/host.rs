@@ -1,4 +1,4 @@
-//! The host's way: the engine over plain maps and bytes.
+//! Runs a case on the host: the engine over plain maps and bytes.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -38,11 +38,11 @@ use super::convert::{
 use super::ip::Ip;
 use super::world::{self, OWN_NETNS, World};
 
-/// The time when a packet is met, where a case does not care.
+/// The time at which a packet arrives, for cases in which it does not matter.
 pub(crate) const NOW: Ticks = 100_000;
 /// Bytes of the two addresses of a link header.
 const PAIR: usize = 12;
-/// The time by which ICMP errors are limited.
+/// The time that counts for the limit of ICMP errors.
 const NOW_MS: u32 = 5_000;
 
 /// The maps of one family, without a bound.
@@ -54,7 +54,7 @@ struct Memory<F: Ip> {
     networks: Networks<F::Address>,
     affinity: BTreeMap<AffinityKey<F::Address>, Affinity>,
     exhausted: BTreeMap<Tuple<F::Address>, Ticks>,
-    /// What the FIB has said; nothing until it is asked.
+    /// The FIB's answers, or `None` before they are requested.
     routes: Option<Routes>,
     ports_to_skip: u32,
     lanes: BTreeMap<(u32, u32), u8>,
@@ -191,7 +191,7 @@ impl<F: Ip> PortSearch<F> for Memory<F> {
     }
 }
 
-/// A packet in memory, and the host that a case has it met on.
+/// A packet in memory, and the host of the case.
 struct Host<'c> {
     case: &'c Case,
     packet: Bytes<Vec<u8>>,
@@ -270,7 +270,7 @@ impl<F: Ip> Adapter<F> for Host<'_> {
         (ifindex == world::BRIDGE && world::bridge_knows(F::ip(*to))).then_some(world::BACKEND_MAC)
     }
 
-    /// Routes have told theirs.
+    /// The routes' MTUs are in the targets already.
     fn route_mtu(&self, _: &F::Address, _: u32) -> u32 {
         0
     }
@@ -287,7 +287,7 @@ impl<F: Ip> Adapter<F> for Host<'_> {
         Some(RejectBucket { refilled_ms: NOW_MS, credit_ms: *credit_ms })
     }
 
-    /// A case has one packet.
+    /// A case has one packet, so nothing is kept.
     fn set_bucket(&mut self, _: &RejectKey, _: &RejectBucket) {}
 
     fn now_ms(&self) -> u32 {
@@ -304,22 +304,22 @@ impl<F: Ip> Adapter<F> for Host<'_> {
         act::write_error(&mut self.packet, headers, error, mtu)
     }
 
-    /// XdpProgram in memory have none beside them.
+    /// Packets in memory have no tags outside of the frame.
     fn take_tags_off(&mut self) {}
 
-    /// No other program meets a case's packet.
+    /// No other program sees a case's packet.
     fn set_translated(&mut self) {}
 
     fn set_held(&mut self) {}
 }
 
-/// A case's packet on its way through a program.
+/// A case's packet in a program.
 struct Run<'c, F: Ip> {
     host: Host<'c>,
     memory: Memory<F>,
     headers: Headers<F>,
     decision: Decision<F>,
-    /// How it was counted, and what was told of it.
+    /// The counter of the packet and the events about it.
     counted: Option<Counted>,
     event: Option<Event>,
 }
@@ -339,7 +339,7 @@ impl<F: Ip> Run<'_, F> {
         path::decide_into(self.hook(), &self.headers, &self.memory, &mut self.decision);
     }
 
-    /// Notes what a first fragment tells.
+    /// Records the ports of a first fragment.
     fn note(&mut self) {
         let said = fragment::ports(&self.headers, &self.decision, self.memory.now);
         let _ = self.memory.fragments.insert(fragment::key(&self.headers), said);
@@ -451,7 +451,7 @@ impl<'c, F: Ip> TcProgram<F> for Run<'c, F> {
         self.has_foreign_source()
     }
 
-    /// The kernel gives a packet that it only tests a socket.
+    /// The kernel gives a packet of a test run a socket.
     fn has_hidden_socket(&mut self) -> bool {
         let Decision { flow, key, .. } = &self.decision;
         let hides = |here| policy::hides_sockets(here, key.protocol, true);
@@ -497,7 +497,7 @@ impl<F: Ip> XdpProgram<F> for Run<'_, F> {
         here.is_some_and(|device| self.host.packet.bytes.starts_with(&device.mac))
     }
 
-    /// The kernel's harness holds the mark against the frame that it comes before.
+    /// The kernel's harness counts the mark as part of the frame that it precedes.
     fn mark_translated(&mut self) -> bool {
         true
     }
@@ -637,11 +637,11 @@ pub(crate) fn run(case: &Case) -> Outcome {
     run_at(case, NOW)
 }
 
-/// Runs a case on the host at some time.
+/// Runs a case on the host at a time of the clock.
 pub(crate) fn run_at(case: &Case, now: Ticks) -> Outcome {
     let link = case.program.link();
     let packet = Bytes { bytes: case.input.clone(), partial: case.partial };
-    // A bare packet's ethertype lies outside of it.
+    // The ethertype of a packet without a link header is not part of it.
     let ethertype = match (link, packet.bytes.first().map(|first| first >> 4)) {
         (0, Some(4)) => Some(0x0800),
         (0, Some(6)) => Some(0x86dd),
@@ -655,7 +655,7 @@ pub(crate) fn run_at(case: &Case, now: Ticks) -> Outcome {
     }
 }
 
-/// What comes of a packet that is not looked at.
+/// Returns the outcome of a packet that is not examined.
 fn untouched(case: &Case) -> Outcome {
     Outcome {
         end: if case.program == Program::Xdp { End::XdpPass } else { End::Next },
@@ -714,7 +714,7 @@ fn run_family<F: Ip>(case: &Case, packet: Bytes<Vec<u8>>, offset: u32, now: Tick
     }
 }
 
-/// What the agent says of itself in both families' maps of datagrams.
+/// Returns the agent's own entries in both families' maps of datagrams.
 fn said(case: &Case) -> impl Iterator<Item = (Datagram<IpAddr>, DatagramPorts)> {
     case.world
         .fragments

@@ -1,5 +1,5 @@
-//! The kernel's way: the object's programs by `BPF_PROG_TEST_RUN`, in a network namespace of this
-//! thread.
+//! Runs a case in the kernel: the object's programs by `BPF_PROG_TEST_RUN`, in a network namespace
+//! of this thread.
 
 use std::fs::File;
 use std::net::SocketAddr;
@@ -44,20 +44,20 @@ const SMALL: u32 = 4096;
 /// Entries for the flows of cases that take every port there is: an LRU map evicts before it is
 /// full.
 const LARGE: u32 = 131_072;
-/// Room for what a packet can grow to.
+/// Bytes that a packet can grow to.
 const FRAME_MAX: usize = 4096;
-/// Bytes of `struct __sk_buff`, and where its `ifindex` is.
+/// Bytes of `struct __sk_buff`, and the offset of its `ifindex`.
 const SKB: (usize, usize) = (192, 40);
-/// Where its `ingress_ifindex` is.
+/// Offset of its `ingress_ifindex`.
 const SKB_CAME_BY: usize = 36;
-/// Where its `mark` is.
+/// Offset of its `mark`.
 const SKB_MARK: usize = 8;
-/// Where its `cb` is.
+/// Offset of its `cb`.
 const CARRIED: usize = 48;
-/// What an skb carries that tc has translated at ingress, and at egress.
+/// Marks in an skb that tc has translated at ingress, and at egress.
 pub(crate) const TC_DONE: [u32; 2] = [0x5c1c_e001, 0x5c1c_e002];
 
-/// What XDP puts before a frame that it has translated: tc leaves such a frame alone.
+/// The word that XDP puts before a frame that it has translated, so that tc leaves the frame alone.
 const XDP_DONE: [u8; 4] = 0x5c1c_e003_u32.to_ne_bytes();
 
 /// The loaded object.
@@ -65,18 +65,18 @@ pub(crate) struct Kernel {
     ebpf: Ebpf,
     ring: RingBuf<MapData>,
     clock: Clock,
-    /// The mark of packets.
+    /// The firewall mark of packets.
     pub(crate) mark: u32,
-    /// What the maps hold, and since when.
+    /// The content of the maps, and the time of filling them.
     filled: Option<(World, Ticks)>,
-    /// What keeps sockets of this host open.
+    /// Descriptors that keep sockets of this host open.
     sockets: Vec<OwnedFd>,
-    /// The first word of what tc's packets carry along.
+    /// The first word of the control block of tc's packets.
     carried: u32,
 }
 
-/// Whether the kernel's way is left out, as [`skipped`] says; fails where it cannot be gone and
-/// nobody said so.
+/// Reports whether the kernel's half of the table is skipped, as [`skipped`] says. Fails if it
+/// cannot run and nobody asked to skip it.
 pub(crate) fn is_skipped() -> bool {
     // SAFETY: no arguments.
     let obstacle = if unsafe { libc::geteuid() } != 0 {
@@ -107,7 +107,7 @@ fn ip(words: &str) -> Result<()> {
     Ok(())
 }
 
-/// Hands a program in again where a signal has interrupted its verification.
+/// Loads a program again if a signal has interrupted its verification.
 fn verify(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
     let mut result = load();
     for _ in 0..4 {
@@ -121,7 +121,7 @@ fn verify(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), Prog
     result
 }
 
-/// Has the network namespace know itself as [`OWN_NETNS`].
+/// Gives the network namespace the id [`OWN_NETNS`] for itself.
 fn give_own_netns_an_id() -> Result<()> {
     let netns =
         File::open("/proc/thread-self/ns/net").context("cannot open the network namespace")?;
@@ -160,7 +160,7 @@ fn network() -> Result<()> {
     for ifindex in [EDGE, UPLINK, TUNNEL, OWN, NARROW, BRIDGE, FOREIGN] {
         let mac = world::mac(ifindex).map(|byte| format!("{byte:02x}")).join(":");
         let mtu = if ifindex == NARROW { NARROW_MTU } else { 1500 };
-        // Half of a pair: every kernel that we run on has them, and not every one has dummies.
+        // One end of a pair: every supported kernel has them, and not every one has dummies.
         ip(&format!(
             "link add name d{ifindex} index {ifindex} address {mac} mtu {mtu} type veth peer name e{ifindex}"
         ))?;
@@ -178,7 +178,7 @@ fn network() -> Result<()> {
         }
         let marked = world::address(version, NET_MARKED, 0);
         ip(&format!("{flag} rule add fwmark {MARK} lookup {MARK}"))?;
-        // What comes by a pod's device is the pod's, as far as a case does not say otherwise.
+        // What comes in by a pod's device is the pod's, unless a case says otherwise.
         for net in [NET_FRONTENDS, NET_NODE] {
             let to = world::address(version, net, 0);
             ip(&format!("{flag} rule add from {to}/{bits} iif d{EDGE} lookup {EDGE}"))?;
@@ -207,12 +207,12 @@ fn network() -> Result<()> {
 /// The time as the programs read it.
 #[derive(Clone, Copy, Debug, Default)]
 struct Clock {
-    /// What is added to the time since boot.
+    /// Nanoseconds that are added to the time since boot.
     offset_ns: u64,
 }
 
 impl Clock {
-    /// A clock that stands at a tick now.
+    /// Creates a clock that shows a tick now.
     fn at(tick: Ticks) -> Self {
         Self { offset_ns: (u64::from(tick) << TICK_SHIFT).wrapping_sub(Self::default().now_ns()) }
     }
@@ -273,7 +273,7 @@ fn counters<'a, K: Copy + 'static, V: Copy + 'static>(
     PerCpuHashMap::try_from(map).with_context(|| format!("map {name}"))
 }
 
-/// Takes every counter out of a map.
+/// Removes every counter from a map, and returns those that were not zero.
 fn drain<K: Copy + 'static, V: Copy + 'static>(
     ebpf: &mut Ebpf,
     name: &str,
@@ -297,8 +297,8 @@ fn source_ranges<F: Ip>(ebpf: &mut Ebpf) -> Result<Ranges<'_, F::Address>> {
     LpmTrie::try_from(map).with_context(|| format!("map {name}"))
 }
 
-/// Tells what the kernel's answers leave out: the MTU of the route that has one, and of one by a
-/// device that nothing leaves by.
+/// Writes what the kernel's answers leave out: the MTU of the route that has one, and of one by a
+/// device that no packet leaves by.
 fn route_mtus<F: Ip>(ebpf: &mut Ebpf, version: Version, bits: u32) -> Result<()> {
     let name = suffixed::<F>("route_mtus");
     let map = ebpf.map_mut(&name).with_context(|| format!("the object has no map {name}"))?;
@@ -444,7 +444,7 @@ impl Kernel {
         Self::load_sized(SMALL, Clock::at(tick))
     }
 
-    /// As [`Kernel::load`], for cases with more flows than others have.
+    /// As [`Kernel::load`], for cases with more flows than others.
     pub(crate) fn load_large() -> Result<Self> {
         Self::load_sized(LARGE, Clock::default())
     }
@@ -546,7 +546,7 @@ impl Kernel {
 
     fn clear(&mut self, world: &World) -> Result<()> {
         for socket in self.sockets.drain(..) {
-            // Where a process that was just forked holds it too, it would be found as long.
+            // A process that was just forked and holds the socket too would keep it in the lookup.
             // SAFETY: the descriptor is live.
             let _ = unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RDWR) };
         }
@@ -569,19 +569,19 @@ impl Kernel {
         clear::<RejectKey, RejectBucket>(ebpf, "rejects")
     }
 
-    /// Runs a case. [`None`]: the kernel refuses to run a program on such a frame.
+    /// Runs a case. Returns [`None`] if the kernel refuses to run a program on such a frame.
     pub(crate) fn run(&mut self, case: &Case) -> Result<Option<Outcome>> {
         loop {
             let tick = self.clock.now();
             let outcome = self.run_once(case)?;
-            // A search in vain counts within its tick alone.
+            // A search that found nothing counts within its tick alone.
             if case.world.exhausted.is_empty() || tick == self.clock.now() {
                 return Ok(outcome);
             }
         }
     }
 
-    /// As [`Self::run`], for an skb that carries this word.
+    /// As [`Self::run`], for an skb with this word in its control block.
     pub(crate) fn run_carrying(&mut self, case: &Case, word: u32) -> Result<Option<Outcome>> {
         self.carried = word;
         let outcome = self.run(case);
@@ -608,7 +608,7 @@ impl Kernel {
         let outcome = self.run_filled(case, since);
         let _ = (self.counted()?, self.failed()?);
         match &outcome {
-            // The next case may find them as they are.
+            // The next case may find them unchanged.
             Ok(Some(Outcome {
                 end: End::Next | End::XdpPass,
                 flows,
@@ -725,17 +725,17 @@ impl Kernel {
         }
     }
 
-    /// Has the programs tell what fits a sieve.
+    /// Requests the events that pass a filter from the programs.
     pub(crate) fn listen(&mut self, sieve: &Listening) -> Result<()> {
         Ok(array(&mut self.ebpf, "listening")?.set(0, Raw::<Listening>(*sieve), 0)?)
     }
 
-    /// Takes every event out of the ring; without the time, which nobody foresees.
+    /// Takes all events out of the ring, without their times, which cannot be predicted.
     pub(crate) fn events(&mut self) -> Result<Vec<Event>> {
         let mut all = Vec::new();
         while let Some(item) = self.ring.next() {
             ensure!(item.len() == size_of::<Event>(), "an event of {} bytes", item.len());
-            // SAFETY: as many bytes as an event has, and any bytes are one.
+            // SAFETY: there are as many bytes as an event has, and any bytes are an event.
             let event = unsafe { item.as_ptr().cast::<Event>().read_unaligned() };
             ensure!(event.time_ns != 0, "an event without a time: {event:?}");
             all.push(Event { time_ns: 0, ..event });
@@ -743,7 +743,7 @@ impl Kernel {
         Ok(all)
     }
 
-    /// Runs a case so many times over its own packet; the mean time of one, nanoseconds.
+    /// Runs a case many times over its own packet. Returns the mean time of one run in nanoseconds.
     pub(crate) fn time(&mut self, case: &Case, repeat: u32) -> Result<u32> {
         let mut frame = vec![0; FRAME_MAX];
         Ok(self
@@ -753,8 +753,8 @@ impl Kernel {
             .as_nanos() as u32)
     }
 
-    /// How many of some packets are redirected, answered among them, and how long all took. What
-    /// one leaves the next one finds.
+    /// Runs some packets, each on what the previous one left behind. Returns how many were
+    /// redirected, including the answered ones, and the time that all of them took.
     pub(crate) fn redirected(&mut self, cases: &[Case]) -> Result<(u32, Duration)> {
         let (mut count, mut frame) = (0, vec![0; FRAME_MAX]);
         let started = Instant::now();
@@ -776,7 +776,7 @@ impl Kernel {
         Ok(())
     }
 
-    /// The failures that were counted since the last call.
+    /// Returns the failures that were counted since the last call.
     fn failed(&mut self) -> Result<Vec<(u32, Failure)>> {
         let mut map = hash::<FailureKey, u64>(&mut self.ebpf, "failure_counts")?;
         let all: Vec<(Raw<FailureKey>, Raw<u64>)> = map.iter().collect::<Result<_, _>>()?;
@@ -791,7 +791,7 @@ impl Kernel {
         Ok(failed)
     }
 
-    /// How packets were counted since the last call.
+    /// Returns the counters that have changed since the last call.
     fn counted(&mut self) -> Result<Vec<Counted>> {
         let mut all = Vec::new();
         for (key, values) in drain::<ReasonKey, ReasonCounters>(&mut self.ebpf, "reason_counts")? {
@@ -823,7 +823,8 @@ impl Kernel {
     }
 }
 
-/// What a test run takes at least: an Ethernet header and, of an skb, the IP header behind it.
+/// Returns the least bytes that a test run takes: an Ethernet header and, for an skb, the IP header
+/// behind it.
 fn shortest(frame: &[u8]) -> usize {
     match frame.get(12..14) {
         Some([0x08, 0x00]) => 14 + 20,

@@ -1,4 +1,4 @@
-//! Prints cases, and how an outcome differs from what was expected.
+//! Prints cases, and the differences between an outcome and its expectation.
 //!
 //! A case prints as a person would draw it:
 //!
@@ -36,7 +36,7 @@ impl Display for Case {
     }
 }
 
-/// Says what becomes of a packet, and how it is counted.
+/// Describes what becomes of a packet, and how it is counted.
 fn result(input: &[u8], outcome: &Outcome) -> String {
     let becomes = match outcome.end {
         End::Drop | End::XdpDrop => "dropped".to_owned(),
@@ -62,7 +62,7 @@ fn counted(counted: &Counted) -> String {
     }
 }
 
-/// Prints the entries that a packet leaves in a map, where it changes any.
+/// Prints the entries that a packet leaves in a map, if it changes any.
 fn changes(f: &mut Formatter<'_>, map: &str, before: &Flows, after: &Flows) -> fmt::Result {
     if before == after {
         return Ok(());
@@ -128,7 +128,7 @@ impl World {
         ids
     }
 
-    /// Prints what few cases have.
+    /// Prints the rest, which few cases have.
     fn fmt_rest(&self, f: &mut Formatter<'_>) -> fmt::Result {
         for (key, found) in &self.affinity {
             writeln!(
@@ -192,7 +192,7 @@ fn kind_word(kind: u32) -> &'static str {
     }
 }
 
-/// Returns the differences between two outcomes, one a line; empty where there are none.
+/// Returns the differences between two outcomes, one a line, or an empty string if there are none.
 pub(crate) fn difference(who: &str, actual: &Outcome, expected: &Outcome) -> String {
     let mut text = String::new();
     let mut line = |what: String| {
@@ -282,7 +282,7 @@ fn entry(key: &Tuple<IpAddr>, flow: &Flow<IpAddr>) -> String {
     )
 }
 
-/// Rows of sixteen bytes in which two frames differ, with those bytes marked.
+/// Returns the rows of sixteen bytes in which two frames differ, with those bytes marked.
 fn rows(actual: &[u8], expected: &[u8]) -> Vec<String> {
     let mut rows = Vec::new();
     for at in (0..actual.len().max(expected.len())).step_by(16) {
@@ -306,12 +306,12 @@ fn rows(actual: &[u8], expected: &[u8]) -> Vec<String> {
     rows
 }
 
-/// Returns a frame in one line, as far as it can be read.
+/// Returns a frame in one line, as far as it can be parsed.
 fn packet(frame: &[u8]) -> String {
     read(frame).unwrap_or_else(|| format!("{} bytes that are no whole packet", frame.len()))
 }
 
-/// Reads a frame; no link header of ours begins with an IP version.
+/// Parses a frame: no link header of the table begins with an IP version.
 fn read(frame: &[u8]) -> Option<String> {
     let mut at = if matches!(frame.first()? >> 4, 4 | 6) { 0 } else { 14 };
     while at != 0 && matches!(frame.get(at - 2..at)?, [0x81, 0x00] | [0x88, 0xa8]) {
@@ -320,7 +320,7 @@ fn read(frame: &[u8]) -> Option<String> {
     datagram(frame.get(at..)?)
 }
 
-/// Reads an IP packet.
+/// Parses an IP packet.
 fn datagram(ip: &[u8]) -> Option<String> {
     let v4 = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(ip.get(at..at + 4)?).ok()?));
     let v6 = |at: usize| Some(IpAddr::from(<[u8; 16]>::try_from(ip.get(at..at + 16)?).ok()?));

@@ -1,4 +1,4 @@
-//! Sockets that hold what a flow would have.
+//! Sockets that hold the tuple that a flow would get.
 
 use std::io::Error;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
@@ -11,16 +11,16 @@ use socket2::{Domain, Socket, Type};
 
 use super::frame::UDP;
 
-/// A socket that is connected, or is about to be: nobody answers. Its address may be anybody's,
-/// and other sockets may have it too.
+/// Creates a socket that is connected, or is about to be, since nobody answers. Its address may be
+/// anybody's, and other sockets may have it too.
 pub(crate) fn connected(protocol: u8, at: SocketAddr, to: SocketAddr) -> Result<OwnedFd> {
     let kind = if protocol == UDP { Type::DGRAM } else { Type::STREAM };
     let socket = Socket::new(Domain::for_address(at), kind.nonblocking(), None)
         .context("cannot make a socket")?;
     make_transparent(&socket, at).context("cannot make a socket transparent")?;
     socket.set_reuse_address(true).context("cannot share a socket's address")?;
-    // A process that another test has just forked holds the sockets of the case before, until it
-    // runs a program.
+    // A process that another test has just forked holds the sockets of the preceding case until it
+    // executes a program.
     let mut bound = socket.bind(&at.into());
     for _ in 0..100 {
         if bound.as_ref().err().and_then(Error::raw_os_error) != Some(libc::EADDRINUSE) {
@@ -58,7 +58,7 @@ fn make_transparent(socket: &Socket, at: SocketAddr) -> Result<(), Error> {
     if status == 0 { Ok(()) } else { Err(Error::last_os_error()) }
 }
 
-/// A socket that listens, or receives from everybody.
+/// Creates a socket that listens, or receives from everybody.
 pub(crate) fn listening(protocol: u8, at: SocketAddr) -> Result<OwnedFd> {
     let socket = if protocol == UDP {
         UdpSocket::bind(at).map(OwnedFd::from)

@@ -1,4 +1,4 @@
-//! What the maps hold before and after a packet, and the network around it.
+//! The content of the maps before and after a packet, and the network around it.
 //!
 //! Every address begins with its family's ethertype where a source address lies in a bare IP
 //! packet: the kernel's test run takes the ethertype from bytes 12 and 13, and those of a packet
@@ -45,12 +45,12 @@ pub(crate) const NARROW_MTU: u32 = 1300;
 /// The backend's link-layer address as the bridge knows it.
 pub(crate) const BACKEND_MAC: Mac = [2, 0, 0, 0, 2, 3];
 
-/// A device's own link-layer address.
+/// Returns a device's own link-layer address.
 pub(crate) fn mac(ifindex: u32) -> Mac {
     [2, 0, 0, 0, 0, ifindex as u8]
 }
 
-/// The address with these last two bytes or halves.
+/// Returns the address with these last two bytes or groups.
 pub(crate) fn address(version: Version, net: u8, host: u8) -> IpAddr {
     match version {
         Version::V4 => Ipv4Addr::new(8, 0, net, host).into(),
@@ -60,10 +60,10 @@ pub(crate) fn address(version: Version, net: u8, host: u8) -> IpAddr {
     }
 }
 
-/// The id of the network namespace in which the kernel runs the table, in itself.
+/// The id of the network namespace in which the kernel runs the table, as seen from itself.
 pub(crate) const OWN_NETNS: u32 = 7;
 
-/// The nets of [`address`] and where their routes lead.
+/// The networks of [`address`], and the devices that their routes name.
 pub(crate) const ROUTES: [(u8, u32); 10] = [
     (NET_CLIENTS, UPLINK),
     (NET_BACKENDS, BRIDGE),
@@ -76,13 +76,13 @@ pub(crate) const ROUTES: [(u8, u32); 10] = [
     (NET_FORGED, UPLINK),
     (NET_FRONTENDS, OWN),
 ];
-/// This node's addresses: delivered here.
+/// This node's addresses, which are delivered locally.
 pub(crate) const NET_NODE: u8 = 0;
 pub(crate) const NET_CLIENTS: u8 = 1;
 pub(crate) const NET_BACKENDS: u8 = 2;
 pub(crate) const NET_NARROW: u8 = 3;
 pub(crate) const NET_UNROUTED: u8 = 4;
-/// Behind a device without our programs.
+/// A network behind a device without programs.
 pub(crate) const NET_FOREIGN: u8 = 5;
 /// Pods of this node that are routed to.
 pub(crate) const NET_PODS: u8 = 6;
@@ -90,16 +90,16 @@ pub(crate) const NET_PODS: u8 = 6;
 pub(crate) const NET_REMOTE: u8 = 7;
 /// Pods of other nodes, by the overlay.
 pub(crate) const NET_OVERLAY: u8 = 8;
-/// By a route whose MTU is less than its device's: [`NARROW_MTU`].
+/// A network behind a route whose MTU is less than its device's: [`NARROW_MTU`].
 pub(crate) const NET_SHORT: u8 = 9;
-/// Routed for packets with [`MARK`] alone.
+/// A network that is routed for packets with [`MARK`] alone.
 pub(crate) const NET_MARKED: u8 = 10;
 pub(crate) const MARK: u32 = 0x77;
-/// Behind the uplink, also for what comes by a pod's device.
+/// A network behind the uplink, also for packets that come in by a pod's device.
 pub(crate) const NET_FORGED: u8 = 11;
 pub(crate) const NET_FRONTENDS: u8 = 96;
 
-/// The net of an [`address`].
+/// Returns the network of an [`address`].
 fn net(address: IpAddr) -> u8 {
     match address {
         IpAddr::V4(address) => address.octets()[2],
@@ -107,15 +107,15 @@ fn net(address: IpAddr) -> u8 {
     }
 }
 
-/// The device that a route names, and its MTU.
+/// Returns the device that a route names, and its MTU.
 pub(crate) fn route(destination: IpAddr) -> Option<(u32, u32)> {
     let net = net(destination);
     let (_, ifindex) = ROUTES.iter().find(|(routed, _)| *routed == net)?;
     Some((*ifindex, if *ifindex == NARROW || net == NET_SHORT { NARROW_MTU } else { 1500 }))
 }
 
-/// The device that the route from a destination back to its packet's source names, 0: none; the
-/// second time, as what came by a device would go.
+/// Returns the device that the route from a destination back to its packet's source names, or 0.
+/// The second element is the same for a packet that came in by a device.
 pub(crate) fn route_back(destination: IpAddr, source: IpAddr, came_by: Option<u32>) -> u32 {
     let is_pods = match net(source) {
         NET_FORGED => false,
@@ -128,7 +128,7 @@ pub(crate) fn route_back(destination: IpAddr, source: IpAddr, came_by: Option<u3
     }
 }
 
-/// The key of a client of [`World::rejects`] in the map.
+/// Returns the key of a client of [`World::rejects`] in the map.
 pub(crate) fn reject_key(client: IpAddr) -> RejectKey {
     let address = match client {
         IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
@@ -137,12 +137,12 @@ pub(crate) fn reject_key(client: IpAddr) -> RejectKey {
     RejectKey { address }
 }
 
-/// The node's address on a device: the one that clients are shown as behind it.
+/// Returns the node's address on a device, which clients behind it get.
 pub(crate) fn node(version: Version, ifindex: u32) -> IpAddr {
     address(version, NET_NODE, if ifindex == UPLINK { 1 } else { ifindex as u8 })
 }
 
-/// Whether the bridge has a neighbour entry, with [`BACKEND_MAC`].
+/// Reports whether the bridge has a neighbour entry, with [`BACKEND_MAC`].
 pub(crate) fn bridge_knows(destination: IpAddr) -> bool {
     [Version::V4, Version::V6]
         .iter()
@@ -159,7 +159,7 @@ pub(crate) struct Port {
 }
 
 impl Port {
-    /// As the maps have it.
+    /// Returns the value in the map.
     pub(crate) fn told(&self) -> ServicePort {
         ServicePort {
             ranges: self.ranges.map(|range| range.0),
@@ -169,12 +169,12 @@ impl Port {
     }
 }
 
-/// The maps' content, and what this host's sockets hold; [`Flow::seen`], [`Flow::replied`] and
+/// The content of the maps, and the sockets of this host. [`Flow::seen`], [`Flow::replied`] and
 /// [`Affinity::seen`] are ages in ticks.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct World {
     pub(crate) settings: Settings,
-    /// Prefixes with the number of their bits: local pods', and Services'.
+    /// Prefixes with the number of their bits: those of local pods, and those of Services.
     pub(crate) pods: Vec<(IpAddr, u8)>,
     pub(crate) service_nets: Vec<(IpAddr, u8)>,
     pub(crate) services: BTreeMap<ServiceKey<IpAddr>, Service>,
@@ -190,37 +190,37 @@ pub(crate) struct World {
     /// Service port, and a prefix with the number of its bits.
     pub(crate) source_ranges: BTreeSet<(u32, IpAddr, u8)>,
     pub(crate) affinity: Affinities,
-    /// For which reply tuples, without a port, a search was in vain how many ticks ago.
+    /// Reply tuples, without a port, for which a search found none, and how many ticks ago.
     pub(crate) exhausted: Exhausted,
     /// Connected sockets of this host, and of a pod whose device names [`OWN_NETNS`]: the tuples of
-    /// what they receive.
+    /// the packets that they receive.
     pub(crate) held: BTreeSet<Tuple<IpAddr>>,
-    /// Sockets of this host that listen, or receive from everybody: protocol and address.
+    /// Sockets of this host that listen, or receive from everybody, by protocol and address.
     pub(crate) listeners: BTreeSet<(u8, SocketAddr)>,
-    /// Milliseconds of credit that a client has left.
+    /// Milliseconds of credit that each client has left.
     pub(crate) rejects: BTreeMap<IpAddr, u32>,
     pub(crate) flows: Flows,
     pub(crate) embryonic: Flows,
     pub(crate) fragments: Datagrams,
-    /// Packets that are netfilter's to translate, with bits of [`sluice_common::abi::imported`].
+    /// Packets that netfilter translates, with bits of [`sluice_common::abi::imported`].
     pub(crate) imported: BTreeMap<Tuple<IpAddr>, u32>,
     pub(crate) marks: u32,
 }
 
-/// The endpoint was heard when the entry was renewed, and is not asked about in what comes of a
-/// packet.
+/// A value of [`Connection::heard`]: the endpoint was heard when the entry was renewed, and the
+/// outcome is not compared.
 pub(crate) const UNSAID: u32 = u32::MAX;
 
 /// Flow entries.
 pub(crate) type Flows = BTreeMap<Tuple<IpAddr>, Flow<IpAddr>>;
 
-/// What first fragments have told; [`DatagramPorts::seen`] is an age.
+/// The ports of datagrams, from their first fragments; [`DatagramPorts::seen`] is an age.
 pub(crate) type Datagrams = BTreeMap<Datagram<IpAddr>, DatagramPorts>;
 
-/// Where clients have been.
+/// The clients' last backends.
 pub(crate) type Affinities = BTreeMap<AffinityKey<IpAddr>, Affinity>;
 
-/// Searches that were in vain, and their age.
+/// Searches that found no port, and their age.
 pub(crate) type Exhausted = BTreeMap<Tuple<IpAddr>, u32>;
 
 pub(crate) fn tuple(source: SocketAddr, destination: SocketAddr, protocol: u8) -> Tuple<IpAddr> {
@@ -235,7 +235,7 @@ pub(crate) fn tuple(source: SocketAddr, destination: SocketAddr, protocol: u8) -
     }
 }
 
-/// A flow as a person would tell it: two entries.
+/// A flow as a person would describe it, which stands for two entries.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Connection {
     pub(crate) protocol: u8,
@@ -250,8 +250,8 @@ pub(crate) struct Connection {
     pub(crate) state: u8,
     pub(crate) flags: u8,
     pub(crate) age: u32,
-    /// How many ticks ago the endpoint was heard, or [`UNSAID`]; in a guess what it must
-    /// acknowledge.
+    /// Ticks since the endpoint was last heard, or [`UNSAID`]; in a guess, the number that the
+    /// endpoint must acknowledge.
     pub(crate) heard: u32,
 }
 
@@ -272,20 +272,20 @@ impl Connection {
         }
     }
 
-    /// What is done to the client's packets.
+    /// Returns the entry that translates the client's packets.
     pub(crate) fn forward(&self) -> Flows {
         let mut key = tuple(self.client, self.frontend, self.protocol);
         key.side = if self.flags & flow::SOURCE == 0 { side::NEAR } else { side::FAR };
         Flows::from([(key, self.flow(self.seen_as, self.backend, 0))])
     }
 
-    /// What is done to the backend's packets.
+    /// Returns the entry that translates the backend's packets.
     pub(crate) fn reply(&self) -> Flows {
         let key = tuple(self.backend, self.seen_as, self.protocol);
         Flows::from([(key, self.flow(self.frontend, self.client, flow::REPLY))])
     }
 
-    /// Both entries.
+    /// Returns both entries.
     pub(crate) fn both(&self) -> Flows {
         let mut both = self.forward();
         both.extend(self.reply());
@@ -304,7 +304,7 @@ impl Connection {
         Self { age, ..self }
     }
 
-    /// The endpoint has answered the SYN with a segment of [`Frame::tcp`]'s.
+    /// Returns the flow after the endpoint has answered the SYN with a segment of [`Frame::tcp`].
     pub(crate) fn answered(self) -> Self {
         self.state(state::ANSWERED).heard(super::frame::SEQUENCE + 1)
     }
@@ -335,14 +335,15 @@ pub(crate) struct Cast {
     pub(crate) version: Version,
     pub(crate) protocol: u8,
     pub(crate) client: SocketAddr,
-    /// Leads to `backend`, through the service port [`ONE`].
+    /// The frontend that leads to `backend`, through the service port [`ONE`].
     pub(crate) frontend: SocketAddr,
-    /// Leads to the same endpoint as `frontend`, through the service port [`OTHER`].
+    /// A frontend that leads to the same endpoint as `frontend`, through the service port
+    /// [`OTHER`].
     pub(crate) other_frontend: SocketAddr,
-    /// Has no backends; its service port is [`EMPTY`].
+    /// A frontend without backends; its service port is [`EMPTY`].
     pub(crate) empty: SocketAddr,
     pub(crate) backend: SocketAddr,
-    /// In no service port's set.
+    /// A backend in no service port's set.
     pub(crate) other_backend: SocketAddr,
     pub(crate) node: IpAddr,
     pub(crate) router: IpAddr,
@@ -358,9 +359,9 @@ pub(crate) const EMPTY: u32 = 5;
 pub(crate) const SPARE: u32 = 7;
 /// Generation of every backend.
 pub(crate) const GENERATION: u16 = 9;
-/// In the set of every class.
+/// Flags of a backend that is in the set of every class.
 pub(crate) const SELECTED: u32 = backend::SELECTED * 7;
-/// Slots of every range.
+/// Number of slots in every range.
 pub(crate) const SLOTS: u16 = 61;
 
 impl Cast {
@@ -381,7 +382,7 @@ impl Cast {
         }
     }
 
-    /// Both families, TCP and UDP.
+    /// Returns the casts of both families, for TCP and UDP.
     pub(crate) fn all() -> Vec<Self> {
         let mut all = Vec::new();
         for version in [Version::V4, Version::V6] {
@@ -392,12 +393,12 @@ impl Cast {
         all
     }
 
-    /// Both families, one protocol.
+    /// Returns the casts of both families, for one protocol.
     pub(crate) fn of(protocol: u8) -> Vec<Self> {
         vec![Self::new(Version::V4, protocol), Self::new(Version::V6, protocol)]
     }
 
-    /// "IPv4 TCP".
+    /// Returns family and protocol, as in "IPv4 TCP".
     pub(crate) fn title(&self) -> String {
         let version = if self.version == Version::V4 { "IPv4" } else { "IPv6" };
         let protocol = match self.protocol {
@@ -408,43 +409,43 @@ impl Cast {
         format!("{version} {protocol}")
     }
 
-    /// Begins a case whose name tells family and protocol first.
+    /// Begins a case whose name starts with family and protocol.
     pub(crate) fn case(&self, name: impl Display) -> Draft {
         case(format!("{}: {name}", self.title()))
     }
 
-    /// With another client.
+    /// Replaces the client.
     pub(crate) fn client(self, client: SocketAddr) -> Self {
         Self { client, ..self }
     }
 
-    /// With the client in another net.
+    /// Moves the client to another network.
     pub(crate) fn client_in(self, net: u8) -> Self {
         self.client(SocketAddr::new(address(self.version, net, 7), self.client.port()))
     }
 
-    /// With the backend in another net.
+    /// Moves the backend to another network.
     pub(crate) fn backend_in(self, net: u8) -> Self {
         let backend = SocketAddr::new(address(self.version, net, 3), self.backend.port());
         Self { backend, ..self }
     }
 
-    /// With another frontend.
+    /// Replaces the frontend.
     pub(crate) fn frontend(self, frontend: SocketAddr) -> Self {
         Self { frontend, ..self }
     }
 
-    /// A net as a prefix.
+    /// Returns a network as a prefix.
     pub(crate) fn prefix(&self, net: u8) -> (IpAddr, u8) {
         (address(self.version, net, 0), if self.version == Version::V4 { 24 } else { 64 })
     }
 
-    /// The node's address on a device.
+    /// Returns the node's address on a device.
     pub(crate) fn node_on(&self, ifindex: u32) -> IpAddr {
         node(self.version, ifindex)
     }
 
-    /// The first packet of a flow.
+    /// Returns the first packet of a flow.
     pub(crate) fn first(&self, source: SocketAddr, destination: SocketAddr) -> Frame {
         match self.protocol {
             TCP => Frame::tcp(source, destination, SYN, &[]),
@@ -453,7 +454,7 @@ impl Cast {
         }
     }
 
-    /// A packet in the middle of a flow, of odd length.
+    /// Returns a packet in the middle of a flow, of odd length.
     pub(crate) fn next(&self, source: SocketAddr, destination: SocketAddr) -> Frame {
         match self.protocol {
             TCP => Frame::tcp(source, destination, ACK, b"data!"),
@@ -462,7 +463,7 @@ impl Cast {
         }
     }
 
-    /// The flow of the client through the frontend, just opened.
+    /// Returns the client's flow through the frontend, just opened.
     pub(crate) fn connection(&self) -> Connection {
         Connection {
             protocol: self.protocol,
@@ -480,7 +481,7 @@ impl Cast {
         }
     }
 
-    /// The flow of the client through the other frontend.
+    /// Returns the client's flow through the other frontend.
     pub(crate) fn other_connection(&self) -> Connection {
         Connection {
             frontend: self.other_frontend,
@@ -490,7 +491,7 @@ impl Cast {
         }
     }
 
-    /// The maps without flows.
+    /// Returns the maps without flows.
     pub(crate) fn world(&self) -> World {
         let settings = Settings {
             masquerade: masquerade::NEEDED,
@@ -577,7 +578,7 @@ impl World {
         *self.listing.entry(at.ip()).or_default() |= listing::FRONTEND;
     }
 
-    /// Gives a service port a range of its own in which these backends take turns.
+    /// Gives a service port a range of its own, filled with these backends in turn.
     pub(crate) fn fill(&mut self, service_port: u32, ids: &[u32]) {
         let start = service_port * 64;
         for (slot, id) in (start..).zip(ids.iter().cycle().take(usize::from(SLOTS))) {
@@ -586,7 +587,7 @@ impl World {
         self.port(service_port).ranges = [Range::new(start, SLOTS); 3];
     }
 
-    /// A service port, to be changed.
+    /// Returns a service port, to be changed.
     pub(crate) fn port(&mut self, service_port: u32) -> &mut Port {
         self.ports.entry(service_port).or_default()
     }
@@ -597,31 +598,31 @@ impl World {
         *self.listing.entry(at).or_default() |= listing::NODE | listing::NODE_PORTS;
     }
 
-    /// With entries in `flows`.
+    /// Adds entries to `flows`.
     pub(crate) fn flows(mut self, flows: Flows) -> Self {
         self.flows.extend(flows);
         self
     }
 
-    /// With entries in `embryonic`.
+    /// Adds entries to `embryonic`.
     pub(crate) fn embryonic(mut self, flows: Flows) -> Self {
         self.embryonic.extend(flows);
         self
     }
 
-    /// With entries in `fragments`.
+    /// Adds entries to `fragments`.
     pub(crate) fn fragments(mut self, fragments: Datagrams) -> Self {
         self.fragments.extend(fragments);
         self
     }
 
-    /// With an own device, and an agent that keeps fragments.
+    /// Adds Sluice's own device, and an agent that holds fragments.
     pub(crate) fn own_device(mut self) -> Self {
         self.settings.own_device = OWN;
         self.said_to_keep_fragments(0)
     }
 
-    /// With an agent that has said so long ago that it keeps fragments.
+    /// Adds an agent that announced at this age that it holds fragments.
     pub(crate) fn said_to_keep_fragments(mut self, age: Ticks) -> Self {
         for nobody in [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
             let key = Datagram {
@@ -637,7 +638,7 @@ impl World {
         self
     }
 
-    /// With another kind of all frontends of a service port.
+    /// Sets the kind of all frontends of a service port.
     pub(crate) fn kind(mut self, service_port: u32, kind: u32) -> Self {
         for service in
             self.services.values_mut().filter(|service| service.service_port == service_port)
@@ -647,14 +648,14 @@ impl World {
         self
     }
 
-    /// With other ways to masquerade and to know local pods.
+    /// Sets how clients are masqueraded and local pods are detected.
     pub(crate) fn modes(mut self, masquerade: u32, detect_local: u32) -> Self {
         self.settings.masquerade = masquerade;
         self.settings.detect_local = detect_local;
         self
     }
 
-    /// With prefixes that local pods have their addresses in.
+    /// Sets the prefixes of local pods' addresses.
     pub(crate) fn pods(mut self, prefixes: Vec<(IpAddr, u8)>) -> Self {
         for (network, _) in &prefixes {
             self.settings.networks |=
@@ -664,13 +665,13 @@ impl World {
         self
     }
 
-    /// With marks.
+    /// Sets marks.
     pub(crate) fn marks(mut self, marks: u32) -> Self {
         self.marks = marks;
         self
     }
 
-    /// With other flags of a backend.
+    /// Sets the flags of a backend.
     pub(crate) fn backend_flags(mut self, id: u32, flags: u32) -> Self {
         self.backends.get_mut(&id).expect("a backend of this id").flags = flags;
         self

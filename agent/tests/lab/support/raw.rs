@@ -1,4 +1,4 @@
-//! Frames that no socket would send: whatever source, flags and numbers, of both families.
+//! Frames that no socket would send, with any source, flags and numbers, of both families.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -16,11 +16,11 @@ pub(crate) type Mac = [u8; 6];
 /// A frame without options or extension headers, TCP or UDP.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Frame {
-    /// To and from.
+    /// Destination and source.
     pub(crate) link: [Mac; 2],
     pub(crate) source: SocketAddr,
     pub(crate) destination: SocketAddr,
-    /// TCP's flags; UDP without.
+    /// TCP's flags, or `None` for UDP.
     pub(crate) flags: Option<u8>,
     pub(crate) sequence: u32,
     pub(crate) acknowledgment: u32,
@@ -45,7 +45,7 @@ fn octets(address: IpAddr) -> Vec<u8> {
 }
 
 impl Frame {
-    /// The frame's bytes, its checksums right.
+    /// Returns the frame's bytes, with correct checksums.
     pub(crate) fn bytes(&self) -> Vec<u8> {
         let [to, from] = self.link;
         let protocol: u8 = if self.flags.is_some() { 6 } else { 17 };
@@ -84,18 +84,18 @@ impl Frame {
     }
 }
 
-/// What a TCP segment says.
+/// The fields of a TCP segment.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Segment {
     pub(crate) source: SocketAddr,
     pub(crate) destination: SocketAddr,
     pub(crate) sequence: u32,
     pub(crate) acknowledgment: u32,
-    /// Bytes of data.
+    /// Length of the data in bytes.
     pub(crate) length: u32,
 }
 
-/// Reads a frame as a TCP segment, if it is one without options of IP.
+/// Parses a frame as a TCP segment, if it is one without IP options.
 pub(crate) fn segment(frame: &[u8]) -> Option<Segment> {
     let ip = frame.get(14..)?;
     let (addresses, at, total) = match (frame.get(12..14)?, ip.first()? >> 4) {
@@ -130,12 +130,12 @@ pub(crate) fn segment(frame: &[u8]) -> Option<Segment> {
     })
 }
 
-/// From a pod to its node, by the pod's `eth0`.
+/// Returns the link-layer addresses of a frame from a pod to its node, by the pod's `eth0`.
 pub(crate) fn to_node(pod: &Pod, node: &Node) -> Result<[Mac; 2]> {
     Ok([node.link_address(pod.host_device())?, pod.link_address("eth0")?])
 }
 
-/// From outside to a node, by its uplink.
+/// Returns the link-layer addresses of a frame from outside to a node, by its uplink.
 pub(crate) fn to_uplink(node: &Node, router: &Namespace) -> Result<[Mac; 2]> {
     Ok([node.link_address(node.uplink())?, router.link_address(node.uplink_peer())?])
 }

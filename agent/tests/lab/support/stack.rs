@@ -18,24 +18,24 @@ use crate::support::{
     addresses_of_node, addresses_of_pod, cluster_ip, number, route_to, take_fresh_ports, word,
 };
 
-/// How long a question may wait that has to be answered.
+/// The wait for an answer that has to come.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How long one may wait that has to be lost.
+/// The wait for an answer that must not come.
 const LOST_AFTER: Duration = Duration::from_millis(350);
 
 /// The networks of all pods.
 pub(crate) const POD_NETWORKS: [&str; 2] = ["10.244.0.0/16", "fd00:10:244::/48"];
 
-/// Whom a proxy masquerades among the clients of ClusterIPs. Those of node ports always are.
+/// The clients of ClusterIPs that a proxy masquerades. Those of node ports always are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ClusterIps {
     Kept,
-    /// All that are no pods.
+    /// All clients that are no pods.
     Outside,
     All,
 }
 
-/// A choice of flags, and what kube-proxy's rules are with the same.
+/// A choice of flags, and kube-proxy's rules for the same choice.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mode {
     pub(crate) name: &'static str,
@@ -43,7 +43,7 @@ pub(crate) struct Mode {
     pub(crate) cluster_ips: ClusterIps,
 }
 
-/// Every way to choose who is masqueraded.
+/// Every way to choose the masqueraded clients.
 pub(crate) const MODES: [Mode; 5] = [
     Mode { name: "default", args: &[], cluster_ips: ClusterIps::Kept },
     Mode {
@@ -64,10 +64,10 @@ pub(crate) const MODES: [Mode; 5] = [
     },
 ];
 
-/// Who serves.
+/// The proxy that serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Proxy {
-    /// The rules that kube-proxy would have: the control.
+    /// The rules that kube-proxy would have, as the control.
     Netfilter,
     Sluice,
 }
@@ -87,14 +87,14 @@ pub(crate) struct Target {
 /// A kind of conversation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
-    /// A connection, and some lines over it.
+    /// A connection with some lines.
     Tcp,
     /// Some datagrams from one socket.
     Udp,
     /// A few hundred kilobytes from the endpoint.
     Http,
-    /// Datagrams of 8 KB, and an answer that is as large. The first ones may be lost where they
-    /// tell a client of IPv6 the MTU of its way.
+    /// Datagrams of 8 KB with answers of the same size. The first ones may be lost if they show a
+    /// client of IPv6 the MTU of its path.
     Large,
 }
 
@@ -127,7 +127,7 @@ impl Target {
         }
     }
 
-    /// The node port that leads to a port of the Service.
+    /// Returns the node port that leads to a port of the Service.
     pub(crate) fn node_port(&self, port: u16) -> u16 {
         30_000 + u16::from(self.number) * 100 + port
     }
@@ -144,17 +144,17 @@ impl Target {
         if self.is_local { service.spec("externalTrafficPolicy: Local") } else { service }
     }
 
-    /// Where a way of asking leads by the ClusterIP.
+    /// Returns the target of a kind of request by the ClusterIP.
     pub(crate) fn by_cluster_ip(&self, way: Way, family: usize) -> SocketAddr {
         SocketAddr::new(cluster_ip(self.number)[family], way.port())
     }
 
-    /// Where a way of asking leads by the node port of a node with some addresses.
+    /// Returns the target of a kind of request by the node port of a node with these addresses.
     pub(crate) fn by_node_port(&self, node: Pair, way: Way, family: usize) -> SocketAddr {
         SocketAddr::new(node[family], self.node_port(way.port()))
     }
 
-    /// What kube-proxy's nat chain would have for it.
+    /// Returns what kube-proxy's nat chain would have for the Service.
     fn rules(&self, node: Pair, cluster_ips: ClusterIps) -> String {
         const MARK: &str = "meta mark set mark or 0x4000";
         let mut text = String::new();
@@ -185,7 +185,7 @@ impl Target {
     }
 }
 
-/// A question, and whether it has to be answered.
+/// A request, and whether it has to be answered.
 pub(crate) struct Question<'a> {
     pub(crate) client: &'a Namespace,
     pub(crate) way: Way,
@@ -193,12 +193,12 @@ pub(crate) struct Question<'a> {
     /// The endpoint's name.
     pub(crate) name: &'a str,
     pub(crate) is_answered: bool,
-    /// As whom the endpoint sees the client, if that matters.
+    /// The address at which the endpoint sees the client, if that matters.
     pub(crate) seen: Option<IpAddr>,
 }
 
 impl<'a> Question<'a> {
-    /// One that has to be answered.
+    /// Creates a request that has to be answered.
     pub(crate) fn new(client: &'a Namespace, way: Way, to: SocketAddr, name: &'a str) -> Self {
         Self { client, way, to, name, is_answered: true, seen: None }
     }
@@ -208,7 +208,7 @@ impl<'a> Question<'a> {
 pub(crate) struct Stack {
     agent: Option<AgentProcess>,
     pub(crate) node: Node,
-    /// Where the node's node ports are.
+    /// The addresses at which the node serves node ports.
     pub(crate) addresses: Pair,
     pub(crate) other: Node,
     pub(crate) pod: Pod,
@@ -226,7 +226,7 @@ pub(crate) const NEAR: usize = 0;
 pub(crate) const FAR: usize = 1;
 
 impl Stack {
-    /// Builds it, with two targets: `near` on the node, and `far` on the other one.
+    /// Builds it with two targets: `near` on the node, and `far` on the other one.
     pub(crate) fn new(name: &str, overlay: Overlay, options: &NodeOptions) -> Result<Self> {
         let lab = Lab::with_overlay(name, overlay)?;
         let node = lab.node("n1", options)?;
@@ -270,7 +270,7 @@ impl Stack {
         Ok(())
     }
 
-    /// Writes a target's Service, and has the world send its ClusterIP to the node.
+    /// Writes a target's Service, and routes its ClusterIP from outside to the node.
     pub(crate) fn publish(&self, target: &Target) -> Result<()> {
         for address in cluster_ip(target.number) {
             route_to(&self.lab, address, &self.node)?;
@@ -278,8 +278,8 @@ impl Stack {
         self.manifests.write(&target.service())
     }
 
-    /// Has a proxy serve with the flags of a mode. The control comes before the first agent: its
-    /// programs stay.
+    /// Makes a proxy serve with the flags of a mode. The control comes before the first agent,
+    /// whose programs stay.
     pub(crate) fn serve_by(
         &mut self,
         proxy: Proxy,
@@ -310,7 +310,7 @@ impl Stack {
         self.fresh_ports()
     }
 
-    /// Takes the control's rules away.
+    /// Removes the control's rules.
     pub(crate) fn without_netfilter(&self) -> Result<()> {
         self.node.nft("table inet kube-proxy\ndelete table inet kube-proxy\n")
     }
@@ -321,7 +321,7 @@ impl Stack {
         take_fresh_ports(&self.outside)
     }
 
-    /// The addresses of the two clients: the pod, and the one outside.
+    /// Returns the addresses of the two clients: the pod, and the one outside.
     pub(crate) fn clients(&self) -> [(&Namespace, Pair); 2] {
         [
             (&self.pod, addresses_of_pod(&self.pod)),
@@ -329,9 +329,9 @@ impl Stack {
         ]
     }
 
-    /// The questions of both clients at both frontends of the targets, in both families. A client
-    /// outside reaches a far endpoint by a ClusterIP only where it is masqueraded: the way back
-    /// leaves the node out otherwise.
+    /// Returns the questions of both clients at both frontends of the targets, in both families. A
+    /// client outside reaches a far endpoint by a ClusterIP only where it is masqueraded: the way
+    /// back leaves the node out otherwise.
     pub(crate) fn questions(&self, ways: &[Way], cluster_ips: ClusterIps) -> Vec<Question<'_>> {
         let mut questions = Vec::new();
         for target in &self.targets {
@@ -356,7 +356,7 @@ impl Stack {
     }
 }
 
-/// The nat rules that kube-proxy would have for some targets.
+/// Returns the nat rules that kube-proxy would have for some targets.
 pub(crate) fn kube_proxy(node: Pair, targets: &[Target], cluster_ips: ClusterIps) -> String {
     let mut services = String::new();
     let mut hairpins = String::new();
@@ -385,7 +385,7 @@ pub(crate) fn kube_proxy(node: Pair, targets: &[Target], cluster_ips: ClusterIps
     )
 }
 
-/// Asks everything at once, and tells what went otherwise than it has to.
+/// Sends all requests at once, and returns what differed from the expectation.
 pub(crate) fn ask_all(questions: &[Question<'_>]) -> Result<Vec<String>> {
     let mut clients = Vec::new();
     for question in questions {
@@ -404,7 +404,7 @@ pub(crate) fn ask_all(questions: &[Question<'_>]) -> Result<Vec<String>> {
     }
     let mut wrong = Vec::new();
     for (question, mut client) in questions.iter().zip(clients) {
-        // Each of several datagrams may wait for its time.
+        // Each of several datagrams may take its time.
         let _ = client.wait(5 * PATIENCE)?;
         let events = client.events();
         let lost = events.iter().find_map(|event| match event {
@@ -444,7 +444,7 @@ pub(crate) fn ask_all(questions: &[Question<'_>]) -> Result<Vec<String>> {
     Ok(wrong)
 }
 
-/// The answers among events.
+/// Returns the answers among events.
 pub(crate) fn replies(events: &[Event]) -> Vec<&Reply> {
     events
         .iter()
@@ -459,7 +459,7 @@ pub(crate) fn replace_table(node: &Namespace, name: &str, content: &str) -> Resu
     ))
 }
 
-/// The packets of a table's named counters.
+/// Returns the packets of a table's named counters.
 pub(crate) fn counters(node: &Namespace, table: &str) -> Result<BTreeMap<String, u64>> {
     let text = node.run("nft", ["-j", "list", "counters", "table", "inet", table])?;
     let listed: Value = serde_json::from_str(&text).with_context(|| text.clone())?;

@@ -95,7 +95,8 @@ impl Service {
         &self.spec.ip_families
     }
 
-    /// Whether it requests a load balancer of this kind: one with a class belongs to somebody else.
+    /// Reports whether it requests a load balancer of this kind: one with a class belongs to
+    /// somebody else.
     pub(super) fn is_wanted(&self) -> bool {
         self.spec.r#type == "LoadBalancer"
             && self.spec.load_balancer_class.is_none()

@@ -1,4 +1,4 @@
-//! What the demo runs on.
+//! The cluster that the demo runs on.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -10,7 +10,7 @@ pub(crate) const HTTP: u16 = 80;
 pub(crate) const DNS: u16 = 53;
 pub(crate) const ECHO: u16 = 7;
 
-/// The service's addresses inside the cluster, v4 and v6.
+/// Returns the service's addresses inside the cluster, v4 and v6.
 pub(crate) fn cluster_ips() -> [IpAddr; 2] {
     [
         Ipv4Addr::new(10, 96, 0, 10).into(),
@@ -87,7 +87,7 @@ impl Layout {
         &self.outside
     }
 
-    /// The backend that is taken away.
+    /// Returns the backend that is removed.
     pub(crate) fn leaving(&self) -> &Pod {
         &self.backends[2]
     }
@@ -100,7 +100,7 @@ impl Layout {
         self.backend_names().into_iter().take(2).collect()
     }
 
-    /// The lab, drawn.
+    /// Returns the lab, drawn.
     pub(crate) fn picture(&self) -> String {
         let [cluster4, cluster6] = cluster_ips();
         let [outside4, outside6] = load_balancer_ips();

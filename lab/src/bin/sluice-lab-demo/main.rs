@@ -121,21 +121,33 @@ fn demo(keep: bool) -> Result<()> {
     survive(&mut talks)?;
     progress.say(&format!("All {} connections are still alive, those to {gone} too: existing connections drain, new ones go elsewhere.", talks.len()));
 
+    outlive_the_agent(&layout, &mut agent, &mut talks, &progress)?;
+
+    progress.say("sluice services");
+    println!("{}", indent(&layout.node.sluice(&["services"])?, 24));
+    dump_services(&layout, &progress)?;
+    finish(&lab, keep, agent, &progress);
+    Ok(())
+}
+
+/// Kills the agent, shows that its work goes on, and starts it again.
+fn outlive_the_agent(
+    layout: &Layout,
+    agent: &mut AgentProcess,
+    talks: &mut [Talk],
+    progress: &Progress,
+) -> Result<()> {
+    let gone = layout.leaving().name();
     agent.kill9()?;
-    let orphaned = measure(&layout)?;
+    let orphaned = measure(layout)?;
     orphaned.check(&layout.staying_names(), &[gone])?;
-    survive(&mut talks)?;
+    survive(talks)?;
     progress.say(&format!("The agent was killed with SIGKILL: {} requests were answered without it, and the connections live on.", orphaned.total()));
     let begun = Instant::now();
     agent.restart()?;
     agent.wait_ready(Duration::from_secs(20))?;
     progress
         .say(&format!("It was started again, and ready after {} ms.", begun.elapsed().as_millis()));
-
-    progress.say("sluice services");
-    println!("{}", indent(&layout.node.sluice(&["services"])?, 24));
-    dump_services(&layout, &progress)?;
-    finish(&lab, keep, agent, &progress);
     Ok(())
 }
 
@@ -265,7 +277,8 @@ fn dump_services(layout: &Layout, progress: &Progress) -> Result<()> {
     Ok(())
 }
 
-/// The first pinned thing below a directory, in the order of names, whose name holds a word.
+/// Returns the first pinned object below a directory, in the order of names, whose name holds a
+/// word.
 fn find_pin(directory: &Path, word: &str) -> Option<PathBuf> {
     let mut entries: Vec<PathBuf> =
         std::fs::read_dir(directory).ok()?.flatten().map(|entry| entry.path()).collect();

@@ -1,4 +1,4 @@
-//! Who answered: requests from everywhere, counted by backend.
+//! Counts which backend answered requests from everywhere.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -92,7 +92,7 @@ impl Shares {
         Ok(())
     }
 
-    /// A bar a backend, and a line a way.
+    /// Returns a bar for each backend, and a line for each way.
     pub(crate) fn chart(&self, progress: &Progress, names: &[&str]) -> String {
         const WIDTH: usize = 50;
         let mut text = String::from("\n");

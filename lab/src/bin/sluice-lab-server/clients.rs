@@ -21,7 +21,7 @@ pub(crate) struct UdpAsking {
     /// Ask this one too, every other time.
     #[arg(long)]
     beside: Option<SocketAddr>,
-    /// How many requests.
+    /// Number of requests.
     #[arg(long, default_value_t = 1)]
     count: u64,
     /// Connect the socket, so that only connect(2) names the destination.
@@ -33,7 +33,7 @@ pub(crate) struct UdpAsking {
     /// Pause between requests.
     #[arg(long, default_value_t = 0)]
     interval_ms: u64,
-    /// How long to wait for an answer.
+    /// Milliseconds to wait for an answer.
     #[arg(long, default_value_t = 1000)]
     timeout_ms: u64,
     /// Send from this address.
@@ -50,7 +50,7 @@ pub(crate) struct UdpAsking {
     size: usize,
 }
 
-/// What a socket that speaks to a destination is bound to.
+/// Returns the address that a socket to a destination is bound to.
 fn source(to: SocketAddr, ip: Option<IpAddr>, port: u16) -> SocketAddr {
     SocketAddr::new(ip.unwrap_or_else(|| any(to).ip()), port)
 }
@@ -130,10 +130,10 @@ fn ask_by(
 
 #[derive(Args)]
 pub(crate) struct Flooding {
-    /// Where to send.
+    /// The destination.
     #[arg(long)]
     to: SocketAddr,
-    /// How many datagrams, each from a new socket.
+    /// Number of datagrams, each from a new socket.
     #[arg(long)]
     count: u64,
 }
@@ -154,13 +154,13 @@ pub(crate) struct TcpAsking {
     /// Whom to ask.
     #[arg(long)]
     to: SocketAddr,
-    /// How many requests; without it, until the end.
+    /// Number of requests; without it, until the end.
     #[arg(long)]
     count: Option<u64>,
     /// Pause between requests.
     #[arg(long, default_value_t = 100)]
     interval_ms: u64,
-    /// How long to wait for an answer before the connection counts as broken.
+    /// Milliseconds to wait for an answer before the connection counts as broken.
     #[arg(long, default_value_t = 3000)]
     timeout_ms: u64,
     /// Connect from this address.
@@ -231,7 +231,7 @@ pub(crate) struct Streaming {
     /// For how long.
     #[arg(long, default_value_t = 5)]
     seconds: u64,
-    /// How long a silence counts as a break.
+    /// Milliseconds of silence that count as a break.
     #[arg(long, default_value_t = 3000)]
     timeout_ms: u64,
 }

@@ -37,7 +37,7 @@ pub(crate) fn serve(address: SocketAddr, name: &str) -> Result<()> {
     })
 }
 
-/// The first line and the headers, or nothing at the stream's end.
+/// Returns the first line and the headers, or nothing at the stream's end.
 fn read_head(reader: &mut impl BufRead) -> io::Result<Option<(String, Vec<String>)>> {
     let mut lines = Vec::new();
     loop {
@@ -67,7 +67,7 @@ pub(crate) struct Asking {
     /// `http://<address>:<port>/<path>`, with an address and no name.
     #[arg(long)]
     url: String,
-    /// How many requests.
+    /// Number of requests.
     #[arg(long, default_value_t = 1)]
     count: u64,
     /// Use one connection for all.
@@ -76,7 +76,7 @@ pub(crate) struct Asking {
     /// Pause between requests.
     #[arg(long, default_value_t = 0)]
     interval_ms: u64,
-    /// How long to wait for a connection or an answer.
+    /// Milliseconds to wait for a connection or an answer.
     #[arg(long, default_value_t = 3000)]
     timeout_ms: u64,
     /// Use a v6 socket for a v4 address.

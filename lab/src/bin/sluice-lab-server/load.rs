@@ -17,11 +17,11 @@ use tokio::time::{self, MissedTickBehavior};
 
 use crate::socket::{plain, report};
 
-/// What takes longer than this has lost a packet: the kernel sends a SYN again after a second.
+/// The time after which a packet must have been lost: the kernel sends a SYN again after a second.
 const SLOW: Duration = Duration::from_millis(900);
 /// Failures that are told in words.
 const TOLD: usize = 8;
-/// How far apart the connections that stay are opened.
+/// The pause between the openings of two connections that stay.
 const APART: Duration = Duration::from_millis(1);
 
 #[derive(Args, Clone)]
@@ -38,13 +38,13 @@ pub(crate) struct Loading {
     /// New connections a second, each for one request.
     #[arg(long, default_value_t = 0)]
     rate: u32,
-    /// How long to wait for a connection or an answer.
+    /// Milliseconds to wait for a connection or an answer.
     #[arg(long, default_value_t = 8000)]
     timeout_ms: u64,
-    /// How often to report.
+    /// Milliseconds between two reports.
     #[arg(long, default_value_t = 100)]
     report_ms: u64,
-    /// How long; without it, until the end.
+    /// Duration in seconds; without it, until the end.
     #[arg(long)]
     seconds: Option<u64>,
 }

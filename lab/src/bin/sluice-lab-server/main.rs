@@ -63,7 +63,7 @@ struct Listen {
     /// Address and port.
     #[arg(long)]
     listen: SocketAddr,
-    /// What the server calls itself.
+    /// The server's name in its answers.
     #[arg(long)]
     name: String,
 }

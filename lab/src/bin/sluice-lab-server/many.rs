@@ -22,16 +22,16 @@ pub(crate) struct Opening {
     /// Whom to connect to.
     #[arg(long)]
     to: SocketAddr,
-    /// How many connections.
+    /// Number of connections.
     #[arg(long)]
     count: u64,
-    /// How long each may take.
+    /// Milliseconds that each may take.
     #[arg(long, default_value_t = 3000)]
     timeout_ms: u64,
     /// Give up after so many that failed.
     #[arg(long, default_value_t = 1)]
     failures: u64,
-    /// How long to keep them open then, in milliseconds.
+    /// Milliseconds to keep them open afterwards.
     #[arg(long, default_value_t = 0)]
     hold_ms: u64,
 }

@@ -18,7 +18,7 @@ pub(crate) struct Relaying {
     /// A tun device that exists.
     #[arg(long)]
     tun: String,
-    /// Where the other relays send to.
+    /// The address that the other relays send to.
     #[arg(long)]
     bind: SocketAddr,
     /// `<n>=<address>`: the relay of the pods `10.244.<n>.0/24` and `fd00:10:244:<n>::/64`.
@@ -78,7 +78,7 @@ fn hold_bursts(socket: &UdpSocket) -> Result<()> {
     Ok(())
 }
 
-/// The `<n>` of the destination: `10.244.<n>.x` or, written alike, `fd00:10:244:<n>::`.
+/// Returns the `<n>` of the destination: `10.244.<n>.x` or, written alike, `fd00:10:244:<n>::`.
 fn pod_range_of(packet: &[u8]) -> Option<u8> {
     if packet.first()? >> 4 == 4 {
         return packet.get(18).copied();

@@ -14,12 +14,12 @@ pub(crate) fn report(event: &Event) {
     println!("{}", serde_json::to_string(event).unwrap_or_default());
 }
 
-/// A v4-mapped address as the v4 address it is.
+/// Returns a v4-mapped address as the v4 address it is.
 pub(crate) fn plain(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-/// A v4 address as a v6 socket names it.
+/// Returns a v4 address as a v6 socket names it.
 pub(crate) fn mapped(address: SocketAddr) -> SocketAddr {
     match address.ip() {
         IpAddr::V4(ip) => {
@@ -34,7 +34,7 @@ pub(crate) fn ms_since(start: Instant) -> u64 {
     u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
-/// The answer `<name> <client> <data>`, and its data.
+/// Returns the answer `<name> <client> <data>`, and its data.
 pub(crate) fn parse_reply(
     text: &str,
     seq: u64,
@@ -57,12 +57,12 @@ pub(crate) fn any(to: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, 0)
 }
 
-/// A UDP socket with the given address and port, or any.
+/// Returns a UDP socket with the given address and port, or any.
 pub(crate) fn udp(source: SocketAddr) -> Result<UdpSocket> {
     Ok(UdpSocket::from(bound(libc::SOCK_DGRAM, source)?))
 }
 
-/// A TCP connection from the given address and port, or any.
+/// Returns a TCP connection from the given address and port, or any.
 pub(crate) fn connect(to: SocketAddr, source: SocketAddr, timeout: Duration) -> Result<TcpStream> {
     let socket = bound(libc::SOCK_STREAM, source)?;
     let stream = TcpStream::from(socket);
@@ -108,8 +108,8 @@ fn bound(kind: libc::c_int, source: SocketAddr) -> Result<OwnedFd> {
     }
 }
 
-/// The kernel's form of an address: zeroed storage, which is large enough for both families, and
-/// the length that counts.
+/// Returns the kernel's form of an address: zeroed storage, which is large enough for both
+/// families, and the length that counts.
 fn raw(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
     // SAFETY: all zeroes is a valid sockaddr_storage, and each family's structure fits into it with
     // its alignment.

@@ -79,7 +79,7 @@ impl Folder {
     ///
     /// # Errors
     ///
-    /// When the directory itself cannot be read. Then nothing has changed. Errors in single files
+    /// Fails if the directory itself cannot be read. Then nothing has changed. Errors in single files
     /// are reported as notes.
     pub fn scan(&mut self) -> io::Result<Vec<Change>> {
         let mut touched = BTreeSet::new();
@@ -102,7 +102,7 @@ impl Folder {
     }
 
     /// Returns the files that count.
-    fn list(&self) -> io::Result<BTreeSet<Arc<Path>>> {
+    pub(in crate::daemon::source) fn list(&self) -> io::Result<BTreeSet<Arc<Path>>> {
         let mut files = BTreeSet::new();
         if self.path.is_file() {
             let _ = files.insert(self.path.clone().into());
@@ -301,6 +301,9 @@ impl Folder {
             self.list_items(items.unwrap_or_default(), (item_kind, &version), place, reading);
             return;
         }
+        if is_for_people(&kind, &version) {
+            return;
+        }
         match identify(&value, &kind, &version, place, reading) {
             Ok((id, meta)) => self.one(id, &meta, value, place, reading),
             Err((flaw, what)) => reading.notes.push(place.note(flaw, what)),
@@ -327,6 +330,9 @@ impl Folder {
                 && let Some(version) = word("apiVersion", implied.map(|(_, version)| version))
                 && !is_read(&kind, &version)
             {
+                if is_for_people(&kind, &version) {
+                    continue;
+                }
                 *others.entry(format!("{version} {kind}")).or_default() += 1;
                 continue;
             }
@@ -406,6 +412,11 @@ fn identify(
 /// Whether an object is read, or may contain objects that are.
 fn is_read(kind: &str, version: &str) -> bool {
     kind.ends_with("List") || Kind::from_words(kind, version).is_some()
+}
+
+/// Whether an object only gives names to what people read.
+fn is_for_people(kind: &str, version: &str) -> bool {
+    (kind, version) == ("Pod", "v1")
 }
 
 /// The position of an object.

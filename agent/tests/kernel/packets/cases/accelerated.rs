@@ -1,4 +1,4 @@
-//! What the stack would only forward goes around it, where that is asked for.
+//! With `--accelerate on`, packets that the stack would only forward go around it.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -15,10 +15,10 @@ use crate::packets::world::{
     NET_OVERLAY, NET_SHORT, NET_UNROUTED, ONE, TUNNEL, UPLINK, Version, World, mac,
 };
 
-/// Of the cases that nothing changes for, every so many are run once more.
+/// One case in so many runs once more, of those that acceleration does not change.
 const SAMPLE: usize = 7;
 
-/// Adds the cases, made of those that are there and more.
+/// Adds the cases: existing ones with acceleration, and others.
 pub(super) fn add(table: &mut Table) {
     let others: Vec<Case> = table.cases.iter().filter(|case| !case.partial).cloned().collect();
     let mut around = 0;
@@ -45,14 +45,14 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// With acceleration.
+/// Returns the case with acceleration.
 fn on(mut case: Case) -> Case {
     case.name = format!("{}, accelerated", case.name);
     case.world.settings.networks |= networks::ACCELERATE;
     case
 }
 
-/// Whether a case of the table is one that is translated at ingress and goes on by the stack.
+/// Reports whether a case's packet is translated at ingress and goes on by the stack.
 fn is_translated(case: &Case) -> bool {
     let direct = |counted: &Counted| {
         matches!(counted, Counted::Reason { reason: Reason::DirectRemapped, .. })
@@ -63,7 +63,7 @@ fn is_translated(case: &Case) -> bool {
         && !case.expected.counted.iter().flatten().any(direct)
 }
 
-/// Whether it comes in from a backend: then it may be an answer.
+/// Reports whether its packet comes in from a backend, so that it may be an answer.
 fn comes_from_backend(case: &Case) -> bool {
     matches!(case.program, Program::Ingress | Program::IngressL3)
         && ip_of(case, &case.input).is_none_or(|ip| {
@@ -74,7 +74,7 @@ fn comes_from_backend(case: &Case) -> bool {
         })
 }
 
-/// What of an IP packet the stack looks at when it forwards.
+/// The fields of an IP packet that the stack looks at when it forwards.
 struct Ip {
     start: usize,
     source: IpAddr,
@@ -113,8 +113,8 @@ fn ip_of(case: &Case, frame: &[u8]) -> Option<Ip> {
     }
 }
 
-/// The case with acceleration: around the stack with one hop less, if the stack would only forward
-/// it.
+/// Returns the case with acceleration: its packet goes around the stack with one hop less, if the
+/// stack would only forward it.
 fn accelerated(case: &Case) -> Case {
     let mut case = on(case.clone());
     let Some(ip) = ip_of(&case, &case.expected.frame) else { return case };
@@ -128,7 +128,7 @@ fn accelerated(case: &Case) -> Case {
     let frame = &mut case.expected.frame;
     if ip.source.is_ipv4() {
         frame[ip.start + 8] -= 1;
-        // RFC 1141: one less in the upper byte of a word, one more in that of its sum.
+        // RFC 1141: the upper byte of a word is decremented, so that of its sum is incremented.
         let sum =
             u32::from(u16::from_be_bytes([frame[ip.start + 10], frame[ip.start + 11]])) + 0x0100;
         let sum = (sum & 0xffff) as u16 + (sum >> 16) as u16;
@@ -144,20 +144,20 @@ fn accelerated(case: &Case) -> Case {
     case
 }
 
-/// A world that knows a flow.
+/// Returns a world with a flow.
 fn knows(cast: &Cast, connection: &Connection) -> World {
     let mut world = cast.world().flows(connection.state(state::ESTABLISHED).both());
     world.settings.networks |= networks::ACCELERATE;
     world
 }
 
-/// The frame with one hop less, where it is redirected.
+/// Expects the frame with one hop less, if it is redirected.
 fn one_hop_on(case: Case, frame: &Frame) -> Case {
     let ttl = frame.ttl - 1;
     case.routed(&frame.clone().ttl(ttl))
 }
 
-/// An endpoint's packet, which is translated where it leaves.
+/// Packets of an endpoint, which are translated where they leave.
 fn answers(table: &mut Table, cast: &Cast) {
     let connection = cast.connection();
     let world = knows(cast, &connection);
@@ -201,7 +201,7 @@ fn answers(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Answers go around the stack where their route has a device of ours and room.
+/// Answers go around the stack if their route leads to a device with programs and has room.
 fn ways_around(table: &mut Table, cast: &Cast) {
     let node = cast.node;
     for (what, client, is_forwarded) in [
@@ -232,7 +232,7 @@ fn ways_around(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Frames that the stack alone can forward.
+/// Frames that only the stack can forward.
 fn shapes_left_to_the_stack(table: &mut Table, cast: &Cast) {
     let world = knows(cast, &cast.connection());
     let answer = cast.next(cast.backend, cast.client).at(mac(EDGE));
@@ -260,7 +260,7 @@ fn shapes_left_to_the_stack(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Questions by a switch's port, and hooks other than the ingress.
+/// Requests by a switch's port, and at hooks other than the ingress.
 fn questions_left_to_the_stack(table: &mut Table, cast: &Cast) {
     let world = knows(cast, &cast.connection());
     let mut switched = world.clone();
@@ -293,7 +293,7 @@ fn questions_left_to_the_stack(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// An answer of this many bytes.
+/// Returns an answer of this length in bytes.
 fn sized(cast: &Cast, length: u32) -> Frame {
     let of = |data: &[u8]| match cast.protocol {
         UDP => Frame::udp(cast.backend, cast.client, data),
@@ -306,7 +306,7 @@ fn sized(cast: &Cast, length: u32) -> Frame {
     frame
 }
 
-/// Each part of a datagram goes the first one's way.
+/// Each part of a datagram goes the way of the first one.
 fn fragments(table: &mut Table, cast: &Cast) {
     let mut cast = *cast;
     if cast.protocol == SCTP {
@@ -334,7 +334,7 @@ fn fragments(table: &mut Table, cast: &Cast) {
     table.add(case("an answer's later fragment that nothing is known of", &world, &parts[1]));
 }
 
-/// A bridge forwards between its ports; what is for the bridge itself is routed.
+/// A bridge forwards between its ports; packets for the bridge itself are routed.
 fn bridged(table: &mut Table, cast: &Cast) {
     let mut world = knows(cast, &cast.connection());
     let edge = world.devices.get_mut(&EDGE).expect("an edge");
@@ -357,7 +357,7 @@ fn bridged(table: &mut Table, cast: &Cast) {
     table.add(case("back to the bridge", &world, &frame));
 }
 
-/// ICMP errors of an endpoint's.
+/// ICMP errors of an endpoint.
 fn errors(table: &mut Table, cast: &Cast) {
     let world = knows(cast, &cast.connection());
     let kind = if cast.version == Version::V4 { (3, 3) } else { (1, 4) };
@@ -372,7 +372,7 @@ fn errors(table: &mut Table, cast: &Cast) {
             .world(&world)
             .tc_ingress(NARROW)
             .sends(&error);
-        // A router's error is not told to be about an answer before it leaves.
+        // Whether a router's error is about an answer is not known before it leaves.
         table.add(one_hop_on(case, &error));
     }
 }

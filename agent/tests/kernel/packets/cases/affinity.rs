@@ -31,10 +31,10 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// Seconds for which a client is remembered: more than 93 ticks, less than 94.
+/// Seconds for which a client is remembered: more than 93 ticks, and less than 94.
 const SECONDS: u32 = 100;
 
-/// Half of the slots are another backend's.
+/// Returns a world in which half of the slots are another backend's.
 fn world(cast: &Cast) -> World {
     let mut world = cast.world();
     let ids: Vec<u32> = (0..61).map(|slot| if slot < 30 { ONE } else { SPARE }).collect();
@@ -43,7 +43,8 @@ fn world(cast: &Cast) -> World {
     world
 }
 
-/// Whether the client's slot, from its address and round alone, is among the first thirty.
+/// Reports whether the client's slot, which follows from its address and round alone, is among the
+/// first thirty.
 fn is_low(cast: &Cast, round: u16) -> bool {
     fn hash<F: Ip>(cast: &Cast) -> u32 {
         F::hash(&F::of(cast.client.ip()).unwrap_or_default())
@@ -57,24 +58,25 @@ fn to(cast: &Cast, id: u32) -> Connection {
     Connection { backend, id, ..cast.connection() }
 }
 
-/// Where the client's address leads, and where it does not.
+/// Returns the connection to the backend that the client's address selects, and one to another
+/// backend.
 fn own_and_other(cast: &Cast) -> [Connection; 2] {
     let (own, other) = if is_low(cast, 0) { (ONE, SPARE) } else { (SPARE, ONE) };
     [to(cast, own), to(cast, other)]
 }
 
-/// Where the client's address leads in a round.
+/// Returns the connection to the backend that the client's address selects in a round.
 fn in_round(cast: &Cast, round: u16) -> Connection {
     to(cast, if is_low(cast, round) { ONE } else { SPARE })
 }
 
-/// The entry of a client in its first round.
+/// Returns the entry of a client in its first round.
 fn been(cast: &Cast, service_port: u32, backend: u32, age: u32) -> Affinities {
     let key = AffinityKey { service_port, client: cast.client.ip() };
     Affinities::from([(key, Affinity { backend, seen: age, generation: GENERATION, round: 0 })])
 }
 
-/// The same, in another round.
+/// Returns the same entries in another round.
 fn round(mut entries: Affinities, round: u16) -> Affinities {
     for entry in entries.values_mut() {
         entry.round = round;
@@ -100,7 +102,7 @@ fn opens(
         .embryonic([connection.both()])
 }
 
-/// Without an entry the client's address alone leads to the backend.
+/// Without an entry, the client's address alone selects the backend.
 fn first(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     for host in [7, 8, 9, 10] {
@@ -119,7 +121,7 @@ fn first(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Which entries are followed.
+/// The entries of the affinity table that are followed.
 fn entries(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let [own, other] = own_and_other(cast);
@@ -184,7 +186,8 @@ fn entries_of_sets(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Who comes back too late goes on to the next round, and whoever did not open a new flow stays.
+/// A client that comes back too late goes on to the next round. One that opened no new flow stays
+/// in its round.
 fn rounds(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let with = |affinity: Affinities| World { affinity, ..world(cast) };
@@ -237,7 +240,7 @@ fn recorded_when_proven(table: &mut Table, cast: &Cast) {
     let with = |affinity: Affinities| World { affinity, ..world(cast) };
     let name = format!("{title}: affinity, a new flow alone refreshes no entry");
     table.add(opens(cast, name, &with(been(cast, ONE, other.id, 50)), Program::Ingress, &other));
-    // The endpoint has answered: a datagram, or a segment of a connection that it knows.
+    // The endpoint has answered with a datagram, or with a segment of a connection that it knows.
     let answer = cast.next(other.backend, cast.client);
     let after = other.state(state::ESTABLISHED);
     for (what, before, now) in [
@@ -287,7 +290,7 @@ fn recorded_when_proven(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// What a known flow's packets do to the entry of its client.
+/// The effect of a known flow's packets on its client's entry.
 fn recorded_by_flows(table: &mut Table, cast: &Cast) {
     let [own, _] = own_and_other(cast);
     let with = |affinity: Affinities| World { affinity, ..world(cast) };
@@ -328,7 +331,7 @@ fn recorded_by_flows(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Clients that are their own backend, and this host.
+/// Clients that are their own backend, and this host as the client.
 fn recorded_of_special_clients(table: &mut Table, cast: &Cast) {
     let [_, _] = own_and_other(cast);
     let itself = cast.client(SocketAddr::new(cast.backend.ip(), 40_001));
@@ -384,7 +387,7 @@ fn recovered_by_affinity(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// When no entry is written.
+/// Cases in which no entry is written.
 fn unrecorded(table: &mut Table, cast: &Cast) {
     let mut none = world(cast);
     none.port(ONE).ranges = [Range::DROP; 3];

@@ -1,5 +1,5 @@
-//! What leaves with an address of this node, and what comes back to it: this host's own traffic and
-//! netfilter's, beside that of masqueraded clients.
+//! Packets that leave with an address of this node, and packets that come back to it: this host's
+//! own traffic and netfilter's, next to that of masqueraded clients.
 
 use std::net::SocketAddr;
 
@@ -32,7 +32,7 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// Where the node's own packet has its port as it is, or another one.
+/// Returns the entry of the node's own packet, whose port stays as it is or is replaced.
 fn noted_as(cast: &Cast, own: SocketAddr, seen_as: SocketAddr) -> Connection {
     Connection {
         client: own,
@@ -46,7 +46,7 @@ fn noted_as(cast: &Cast, own: SocketAddr, seen_as: SocketAddr) -> Connection {
     }
 }
 
-/// What opens a flow from the backend's side, and what answers.
+/// Returns the frame that answers one that opens a flow from the backend's side.
 fn answer(cast: &Cast, to: SocketAddr) -> Frame {
     match cast.protocol {
         TCP => Frame::tcp(cast.backend, to, SYN | ACK, &[]),
@@ -54,7 +54,7 @@ fn answer(cast: &Cast, to: SocketAddr) -> Frame {
     }
 }
 
-/// Ports that our clients are given are kept from them where this host or netfilter uses one.
+/// Ports that this host or netfilter uses are not given to clients.
 fn noted(table: &mut Table, cast: &Cast) {
     for (where_to, place) in [("remote", REMOTE), ("overlay", OVERLAY), ("local", LOCAL)] {
         noted_at(table, cast, where_to, place);
@@ -63,7 +63,7 @@ fn noted(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// What leaves from a port that clients are given is noted.
+/// Packets that leave from a port of the range for clients are recorded.
 fn noted_at(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
     let (cast, world) = place.set(cast);
     let world = world.marks(mark::MASQUERADED);
@@ -86,7 +86,7 @@ fn noted_at(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
     }
 }
 
-/// What leaves from other ports, or elsewhere, is not.
+/// Packets that leave from other ports, or by another device, are not recorded.
 fn not_noted(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
     let (cast, world) = place.set(cast);
     let world = world.marks(mark::MASQUERADED);
@@ -111,7 +111,7 @@ fn not_noted(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
     pass("a client that keeps its source", &world, cast.client, cast.backend);
 }
 
-/// Answers to the node's own port, errors, and a client whose port it is.
+/// Answers to the node's own port, ICMP errors, and a client that has this port.
 fn answers_to_noted(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
     let title = cast.title();
     let (cast, world) = place.set(cast);
@@ -140,7 +140,7 @@ fn answers_to_noted(table: &mut Table, cast: &Cast, where_to: &str, place: Place
             .at(program, place.device)
             .sends(&error),
     );
-    // Its tuple is no client's.
+    // No client has its tuple.
     let source = place.source(&cast);
     let taken = noted_as(&cast, source.seen_as, source.seen_as).state(state::ESTABLISHED);
     let world = place.met(&cast, &world.embryonic([].into())).flows(taken.both());
@@ -148,7 +148,7 @@ fn answers_to_noted(table: &mut Table, cast: &Cast, where_to: &str, place: Place
     table.add(leaves(name, &cast, &world, place, &place.source_at(&cast, 2)));
 }
 
-/// The node's own tuple is that of one of our clients.
+/// The node's own tuple is that of a masqueraded client.
 fn clashes(table: &mut Table, cast: &Cast) {
     for (where_to, place) in [("remote", REMOTE), ("overlay", OVERLAY), ("local", LOCAL)] {
         clashes_at(table, cast, where_to, place);
@@ -183,7 +183,7 @@ fn clashes_at(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
     }
 }
 
-/// The node's own packets go on from another port, and both find back.
+/// The node's own packets get another port, and the replies of both find their way back.
 fn clashes_go_on(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
     let (cast, world) = place.set(cast);
     let near = place.masqueraded(&cast).state(state::ESTABLISHED);
@@ -220,13 +220,13 @@ fn clashes_go_on(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
     );
 }
 
-/// A packet of this host's own, translated where it was sent, is met once more.
+/// A packet of this host, translated where it was sent, passes a hook once more.
 fn met_once_more(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
     let (cast, _) = place.set(cast);
     let near = place.masqueraded(&cast).state(state::ESTABLISHED);
     let far = place.source(&cast).state(state::ESTABLISHED);
     let node = far.seen_as;
-    // A packet of this host's own, translated where it was sent, and met once more.
+    // A packet of this host, translated where it was sent, passes a hook once more.
     let host = SocketAddr::new(cast.node, 40_001);
     let sent = Connection { client: host, seen_as: node, flags: flow::HOST, ..near };
     let (_, world) = place.set(&cast);
@@ -246,7 +246,7 @@ fn met_once_more(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
     }
 }
 
-/// What was idle no longer keeps its tuple.
+/// An idle flow no longer reserves its tuple.
 fn idle(table: &mut Table, cast: &Cast) {
     let (cast, world) = REMOTE.set(cast);
     let world = world.marks(mark::MASQUERADED);
@@ -278,7 +278,7 @@ fn idle(table: &mut Table, cast: &Cast) {
 /// A node port.
 const PORT: u16 = 30_080;
 
-/// A name server outside that this node asks from a node port's number.
+/// The node sends a request to a name server outside from the number of a node port.
 fn from_node_port(table: &mut Table, cast: &Cast) {
     let node = SocketAddr::new(cast.node, PORT);
     let served = cast.frontend(node);
@@ -294,7 +294,7 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
         case("a question leaves from a node port's number", &world, Program::Egress, &question)
             .embryonic([own.both()]),
     );
-    // Beside netfilter's node ports it is an answer, and its client goes on asking.
+    // Next to netfilter's node ports it is an answer, and its client may go on sending requests.
     for phase in [phase::PASSIVE, phase::IMPORT, phase::SERVE | phase::IMPORTED] {
         let mut beside = world.clone();
         beside.settings.phase = phase;
@@ -308,7 +308,7 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
     table.add(case(name, &beside, Program::Egress, &cast.next(node, served.client)));
 }
 
-/// What that name server answers, for as long as the question is remembered.
+/// Answers of that name server, for as long as the question is remembered.
 fn answers_to_node_port(table: &mut Table, cast: &Cast) {
     let node = SocketAddr::new(cast.node, PORT);
     let served = cast.frontend(node);
@@ -347,7 +347,7 @@ fn answers_to_node_port(table: &mut Table, cast: &Cast) {
                 .embryonic([opened.both()]),
         );
     }
-    // Nor is it ours while netfilter serves.
+    // It is not ours while netfilter serves, either.
     let unanswered = own.age(UDP_IDLE_TICKS + 2);
     for (what, before) in [
         ("answered", world.clone().flows(old.both())),
@@ -386,7 +386,7 @@ fn other_ports_than_node_ports(table: &mut Table, cast: &Cast) {
     table.add(case("a connection leaves from a node port's number", &world, Program::Egress, &tcp));
 }
 
-/// The same question and answer in fragments.
+/// The same request and answer in fragments.
 fn fragments_of_node_port(table: &mut Table, cast: &Cast) {
     let node = SocketAddr::new(cast.node, PORT);
     let served = cast.frontend(node);
@@ -432,7 +432,7 @@ fn fragments_of_node_port(table: &mut Table, cast: &Cast) {
     ));
 }
 
-/// At an address of the node itself nothing is taken for a client's but what opens.
+/// At an address of the node itself, only a packet that opens a flow counts as a client's.
 fn own_address(table: &mut Table, cast: &Cast) {
     let node_port = cast.frontend(SocketAddr::new(cast.node, PORT));
     let mut held = cast.world().kind(ONE, frontend::EXTERNAL_IP);
@@ -463,7 +463,7 @@ fn own_address(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Packets that do not open a flow, and that nothing is known of: left alone.
+/// Packets that neither open a flow nor belong to a known one are left alone.
 fn unknown_at_node(
     table: &mut Table,
     cast: &Cast,
@@ -495,7 +495,7 @@ fn unknown_at_node(
     }
 }
 
-/// Packets that open a flow: ours, or netfilter's while it serves.
+/// Packets that open a flow: they are ours, or netfilter's while it serves.
 fn opens_at_node(
     table: &mut Table,
     cast: &Cast,

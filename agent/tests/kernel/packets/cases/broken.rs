@@ -37,7 +37,7 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// Passed with a reason by tc, without one by XDP.
+/// Adds a packet that is passed, with a reason by tc and without one by XDP.
 fn pass(table: &mut Table, cast: &Cast, what: &str, frame: &Frame, reason: Reason, length: u32) {
     let world = cast.world();
     table.add(
@@ -65,7 +65,7 @@ fn transport(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// The packet ends within its transport header, and its IP header says so.
+/// The packet ends within its transport header, as its IP header says.
 fn short(table: &mut Table, cast: &Cast) {
     let whole = cast.first(cast.client, cast.frontend);
     let network = if cast.version == Version::V4 { 20 } else { 40 };

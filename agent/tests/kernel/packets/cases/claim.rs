@@ -38,7 +38,7 @@ pub(super) fn add_large(table: &mut Table) {
     }
 }
 
-/// Another client's flow that is shown as the same tuple.
+/// Returns another client's flow that the backend sees as the same tuple.
 fn blocker(cast: &Cast, connection: &Connection) -> Connection {
     Connection {
         client: SocketAddr::new(address(cast.version, NET_CLIENTS, 77), 50_000),
@@ -46,7 +46,7 @@ fn blocker(cast: &Cast, connection: &Connection) -> Connection {
     }
 }
 
-/// Where the packet leaves, the maps with its client's flow, and the cast.
+/// Returns the cast as seen where the packet leaves, and the maps with its client's flow.
 fn met(place: Place, cast: &Cast) -> (Cast, World) {
     let (cast, world) = place.set(cast);
     let world = place.met(&cast, &world);
@@ -119,7 +119,7 @@ fn taken_choices(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// A port whose flow no longer keeps it, and one that was the client's own before.
+/// A port that its flow no longer reserves, and one that was the client's own before.
 fn dead(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let (cast, world) = met(REMOTE, cast);
@@ -135,7 +135,8 @@ fn dead(table: &mut Table, cast: &Cast) {
     table.add(leaves(name, &cast, &world.embryonic(lost), REMOTE, &own));
 }
 
-/// What a socket of this host receives that speaks to the backend from a port.
+/// Returns the tuple that a socket of this host receives on if it speaks to the backend from a
+/// port.
 fn socket(connection: &Connection) -> Tuple<std::net::IpAddr> {
     tuple(connection.backend, connection.seen_as, connection.protocol)
 }
@@ -181,7 +182,7 @@ fn held(table: &mut Table, cast: &Cast) {
     let name = format!("{title}: a socket of this host listens on the port");
     table.add(leaves(name, &cast, &world, REMOTE, &own));
 
-    // A flow that is known is not looked for among the sockets.
+    // For a known flow no socket is looked up.
     let mut world = plain.embryonic(own.both());
     let _ = world.held.insert(socket(&own));
     let name = format!(
@@ -190,7 +191,7 @@ fn held(table: &mut Table, cast: &Cast) {
     table.add(leaves(name, &cast, &world, REMOTE, &own));
 }
 
-/// The world in which every port that is tried is taken.
+/// Returns a world in which every port that is tried is taken.
 fn tried_in_vain(cast: &Cast, world: &World) -> World {
     let mut world = world.clone();
     for attempt in 1..=REMAP_TRIES {
@@ -199,14 +200,14 @@ fn tried_in_vain(cast: &Cast, world: &World) -> World {
     world
 }
 
-/// The search of a client that was in vain.
+/// Returns the entry of a client's search that found no port.
 fn in_vain(cast: &Cast, place: Place, age: u32) -> Exhausted {
     let mut shown = place.source(cast);
     shown.seen_as.set_port(0);
     Exhausted::from([(socket(&shown), age)])
 }
 
-/// A packet where it leaves, and what its client is answered.
+/// Returns a packet where it leaves, and the answer to its client.
 fn answered(cast: &Cast) -> (Program, Frame, Frame) {
     let (program, first) = REMOTE.out(cast.first(cast.client, cast.backend));
     let answer = answer(cast, &first).at(mac(UPLINK));
@@ -264,7 +265,7 @@ fn walks(table: &mut Table, cast: &Cast) {
     });
 }
 
-/// Every port that clients are given, in the walk's order.
+/// Returns every port for clients, in the order of the walk.
 fn ports() -> impl Iterator<Item = u16> {
     (1_024..=29_999).chain(61_000..=65_535)
 }

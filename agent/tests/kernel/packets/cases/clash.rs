@@ -1,4 +1,4 @@
-//! Reply tuples that are taken.
+//! Reply tuples that are taken by other flows.
 
 use std::net::SocketAddr;
 
@@ -37,8 +37,8 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// The source port of a try: the tuple's hash, stepped by the golden ratio, scaled to 1024-29999
-/// and 61000-65535.
+/// Returns the source port of an attempt: the tuple's hash, stepped by the golden ratio, scaled to
+/// 1024-29999 and 61000-65535.
 fn port_of_try<F: Ip>(cast: &Cast, destination: SocketAddr, attempt: u32) -> u16 {
     let tuple = Tuple {
         source: F::of(cast.client.ip()).unwrap_or_default(),
@@ -54,7 +54,7 @@ fn port_of_try<F: Ip>(cast: &Cast, destination: SocketAddr, attempt: u32) -> u16
     if pick < 28_976 { 1_024 + pick as u16 } else { 61_000 + (pick - 28_976) as u16 }
 }
 
-/// The client's end as the backend sees it at a try.
+/// Returns the client's end as the backend sees it at an attempt.
 pub(super) fn tried(cast: &Cast, destination: SocketAddr, attempt: u32) -> SocketAddr {
     let port = if cast.client.is_ipv4() {
         port_of_try::<V4>(cast, destination, attempt)
@@ -64,13 +64,13 @@ pub(super) fn tried(cast: &Cast, destination: SocketAddr, attempt: u32) -> Socke
     SocketAddr::new(cast.client.ip(), port)
 }
 
-/// The flow of a packet of this host's own, as another client's would be.
+/// Returns the flow of this host's own packet, as another client's would be.
 pub(super) fn of_host(cast: &Cast, connection: Connection) -> Connection {
     of_host_at(cast, connection, 1)
 }
 
-/// The same, with the port of a try: never the socket's own, which other sockets of this host may
-/// have as well.
+/// Returns the same with the port of an attempt. It never has the socket's own port, which other
+/// sockets of this host may have as well.
 pub(super) fn of_host_at(cast: &Cast, connection: Connection, attempt: u32) -> Connection {
     let host = cast.client(SocketAddr::new(cast.node, 40_001));
     let seen_as = tried(&host, connection.frontend, attempt);
@@ -167,7 +167,7 @@ fn two_ports_taken(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// A flow that no longer keeps its reply tuple.
+/// A flow that no longer reserves its reply tuple.
 fn taken_over(table: &mut Table, cast: &Cast) {
     let first = cast.first(cast.client, cast.other_frontend);
     let one = cast.connection().state(state::ESTABLISHED);
@@ -187,7 +187,7 @@ fn taken_over(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Flows that keep their reply tuple.
+/// Flows that reserve their reply tuple.
 fn kept(table: &mut Table, cast: &Cast) {
     let first = cast.first(cast.client, cast.other_frontend);
     let one = cast.connection().state(state::ESTABLISHED);
@@ -210,7 +210,7 @@ fn kept(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// How long a TCP flow that was not proven, or has ended, keeps its reply tuple.
+/// The time for which a TCP flow that was not proven, or has ended, reserves its reply tuple.
 fn waiting_aside(table: &mut Table, cast: &Cast) {
     let first = cast.first(cast.client, cast.other_frontend);
     let seen_as = tried(cast, cast.other_frontend, 1);
@@ -241,7 +241,7 @@ fn waiting_aside(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// A TCP flow that was idle for a day.
+/// A TCP flow that has been idle for a day.
 fn idle_for_a_day(table: &mut Table, cast: &Cast) {
     let first = cast.first(cast.client, cast.other_frontend);
     let day = cast.connection().state(state::ESTABLISHED).age(80_468);
@@ -257,8 +257,8 @@ fn idle_for_a_day(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// All ports that are tried before a walk over every port there is, and the walk's own first port
-/// on demand.
+/// All ports that are tried before a walk over every port there is, and the first port of the walk
+/// if it is requested.
 fn walks(table: &mut Table, cast: &Cast) {
     let first = cast.first(cast.client, cast.other_frontend);
     let mut world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
@@ -294,7 +294,7 @@ fn walks(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// The entries of a direct connection that the backend sees at another port.
+/// Returns the entries of a direct connection that the backend sees at another port.
 fn direct(cast: &Cast, seen_as: SocketAddr) -> Connection {
     Connection {
         frontend: cast.backend,
@@ -307,7 +307,7 @@ fn direct(cast: &Cast, seen_as: SocketAddr) -> Connection {
     }
 }
 
-/// Direct connections whose tuple is a live flow's, or was given to another client.
+/// Direct connections whose tuple belongs to a live flow, or was given to another client.
 fn direct_beside_live(table: &mut Table, cast: &Cast) {
     let live = cast.connection().state(state::ESTABLISHED);
     let first = cast.first(cast.client, cast.backend);
@@ -340,14 +340,15 @@ fn direct_beside_live(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Direct connections whose tuple is a dead flow's: the tuple is theirs, as their own socket holds
-/// it.
+/// Direct connections whose tuple belongs to a dead flow. They get the tuple, as their own socket
+/// holds it.
 fn direct_over_dead(table: &mut Table, cast: &Cast) {
     let live = cast.connection().state(state::ESTABLISHED);
     let first = cast.first(cast.client, cast.backend);
     let seen_as = tried(cast, cast.backend, 1);
     let direct = direct(cast, seen_as);
-    // Its own socket is no other's, and what an earlier connection left does not translate it.
+    // The socket that holds the tuple is its own, and an earlier connection's leftover entry does
+    // not translate it.
     let mut world = cast.world().flows(live.age(250).state(state::ESTABLISHED).both());
     if cast.protocol == TCP {
         let ended = live.age(57).state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY);
@@ -415,8 +416,8 @@ fn direct_goes_on(table: &mut Table, cast: &Cast) {
         .becomes(&next.clone().from(seen_as))
         .reason(Reason::DirectRemapped, 0);
     table.add(case);
-    // What a client that is an endpoint itself says to the frontend leaves with the tuple that its
-    // direct connection came in with.
+    // A client that is an endpoint itself sends to the frontend: the packet leaves with the tuple
+    // of its direct connection.
     for marks in [mark::DIRECT, mark::DIRECT | mark::MASQUERADED] {
         let mut world = world.clone().marks(marks);
         *world.listing.entry(cast.client.ip()).or_default() |= listing::BACKEND;
@@ -434,14 +435,14 @@ fn direct_goes_on(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Direct connections beside flows that have ended or that nothing has proven.
+/// Direct connections next to flows that have ended or that nothing has proven.
 fn direct_beside_ended(table: &mut Table, cast: &Cast) {
     let live = cast.connection().state(state::ESTABLISHED);
     let first = cast.first(cast.client, cast.backend);
     let seen_as = tried(cast, cast.backend, 1);
     let direct = direct(cast, seen_as);
-    // The entries of a flow that has ended translate what the backend sends to its tuple as long as
-    // they are there.
+    // As long as they exist, the entries of an ended flow translate what the backend sends to its
+    // tuple.
     let (ended, own) = match cast.protocol {
         TCP => (live.state(state::ESTABLISHED | state::RESET_FORWARD), direct),
         _ => (live.age(200), Connection { seen_as: cast.client, ..direct }),

@@ -1,4 +1,4 @@
-//! Which clients meet which backends, and which are dropped.
+//! The backends that each class of clients reaches, and the clients that are dropped.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -38,7 +38,7 @@ const KINDS: [(&str, u32); 4] = [
     ("a node port", frontend::NODE_PORT),
 ];
 
-/// The cast and the maps for a kind of frontend, without ranges.
+/// Returns the cast and the maps for a kind of frontend, without ranges.
 fn of_kind(cast: &Cast, kind: u32) -> (Cast, World) {
     let mut cast = *cast;
     let mut world = cast.world().kind(ONE, kind);
@@ -56,7 +56,7 @@ fn of_kind(cast: &Cast, kind: u32) -> (Cast, World) {
     (cast, world)
 }
 
-/// A backend for each class: the internal one, the inside's, the outside's.
+/// Adds a backend for each class: internal, external from inside, external from outside.
 fn three(cast: &Cast, world: &mut World) -> [Connection; 3] {
     let third = SocketAddr::new(address(cast.version, NET_PODS, 33), cast.backend.port());
     world.add_backend(cast, THIRD, ONE, third);
@@ -73,7 +73,7 @@ fn three(cast: &Cast, world: &mut World) -> [Connection; 3] {
     ]
 }
 
-/// Who asks where, and the class at an external address.
+/// Each client's name, hook and device, and its class at an external address.
 const PLACES: [(&str, Program, u32, usize); 4] = [
     ("a local pod", Program::Ingress, EDGE, 1),
     ("a client outside", Program::Ingress, UPLINK, 2),
@@ -121,7 +121,7 @@ fn sets(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// A class without backends that is dropped, not rejected, beside others that have some.
+/// A class without backends drops instead of rejecting if other classes have some.
 fn drops(table: &mut Table, cast: &Cast) {
     for (what, kind) in KINDS {
         let (cast, plain) = of_kind(cast, kind);
@@ -144,7 +144,7 @@ fn drops(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// One kind of frontend, asked at one place.
+/// Requests to one kind of frontend, at one hook.
 fn drops_at(
     table: &mut Table,
     cast: &Cast,
@@ -161,7 +161,7 @@ fn drops_at(
     let first = frame(cast.first(cast.client, cast.frontend));
     let drops = cast.case(format!("{what} without local backends drops {who}"));
     let case = drops.world(&world).at(program, ifindex).sends(&first);
-    // XDP leaves it to tc.
+    // XDP leaves the packet to tc.
     let is_left = program == Program::Xdp;
     table.add(if is_left { case } else { case.dropped(Reason::NoLocalBackend, ONE) });
     let mut others = plain.clone();
@@ -180,13 +180,13 @@ fn drops_at(
         let reset = frame(Frame::tcp(cast.client, cast.frontend, RST, &[]));
         let drops = cast.case(format!("{what} without local backends drops a reset of {who}"));
         let case = drops.world(&world).at(program, ifindex).sends(&reset);
-        // At an address of the node it may be of a connection of the stack's own.
+        // At an address of the node the packet may belong to a connection of the stack.
         let at_node = kind == frontend::NODE_PORT;
         table.add(if at_node { case } else { case.dropped(Reason::NoLocalBackend, ONE) });
     }
 }
 
-/// How a client is recognised as a local pod.
+/// The ways to recognise a client as a local pod.
 fn detectors(table: &mut Table, cast: &Cast) {
     let (pod, far) = (cast.client_in(NET_PODS), cast.client_in(NET_REMOTE));
     for (what, cast, ifindex, detector, flags, class) in [
@@ -248,7 +248,7 @@ fn detectors(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Pods are to be recognised by address, and no range is known.
+/// Pods are to be recognised by address, but no range is known.
 fn detector_without_ranges(table: &mut Table, cast: &Cast) {
     let mut world = cast.world().kind(ONE, frontend::LOAD_BALANCER);
     let backends = three(cast, &mut world);

@@ -1,5 +1,6 @@
 //! Packets whose source does not belong to the device that they came in by: they change nobody's
-//! flow. And addresses that are taken for the node's, because they share a lane with one.
+//! flow. The last cases are addresses that the prefilter takes for the node's, because they share a
+//! lane with one of them.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -36,7 +37,7 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// Who forges whose address: the cast has it as its client.
+/// Returns the forgers: the cast has the forged address as its client.
 fn forgers(cast: &Cast) -> Vec<(&'static str, Cast, Program, u32)> {
     let node = cast.client(SocketAddr::new(cast.node, cast.client.port()));
     vec![
@@ -54,7 +55,7 @@ fn forgers(cast: &Cast) -> Vec<(&'static str, Cast, Program, u32)> {
     ]
 }
 
-/// Packets of a client: what each says, and the frame.
+/// Returns packets of a client, each with a name.
 fn packets(cast: &Cast, from: SocketAddr, to: SocketAddr) -> Vec<(&'static str, Frame)> {
     match cast.protocol {
         TCP => [
@@ -71,7 +72,7 @@ fn packets(cast: &Cast, from: SocketAddr, to: SocketAddr) -> Vec<(&'static str, 
     }
 }
 
-/// A known flow: its packets are translated, and its entries stay as they are.
+/// Packets of a known flow are translated, and leave its entries as they are.
 fn along(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex: u32) {
     let connection = cast.connection();
     let live = connection.state(state::ESTABLISHED);
@@ -115,8 +116,8 @@ fn along(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex: u
                 .world(&world)
                 .at(program, ifindex)
                 .sends(&frame);
-            // A bare reset tells that the guess was wrong: from here it tells nothing, and nobody
-            // has the address it goes to.
+            // A bare reset shows that the guess was wrong. Here it shows nothing, and nobody has
+            // the address that it goes to.
             let is_left = program == Program::Xdp
                 || what == "RST" && of == "a guess that was right" && ifindex == EDGE;
             table.add(if is_left {
@@ -128,8 +129,8 @@ fn along(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex: u
     }
 }
 
-/// A tuple that nothing is known of: what opens gets a port that its owner has no connection from,
-/// what goes on recovers nothing.
+/// Packets of an unknown tuple. One that opens a flow gets a port from which the owner has no
+/// connection; one in the middle of a connection recovers nothing.
 fn opening(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex: u32) {
     let world = cast.world();
     for (what, frame) in packets(cast, cast.client, cast.frontend) {
@@ -155,7 +156,7 @@ fn opening(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex:
     }
 }
 
-/// To the endpoint's own address, beside a flow to it: as without us.
+/// Packets to the endpoint's own address, next to a flow to it, are treated as without Sluice.
 fn to_backend(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex: u32) {
     let live = cast.connection().state(state::ESTABLISHED);
     for (beside, world) in [
@@ -175,8 +176,8 @@ fn to_backend(table: &mut Table, cast: &Cast, who: &str, program: Program, ifind
     }
 }
 
-/// The same, of those who may send it: by a pod's own device, and by another uplink than the one
-/// that leads back.
+/// The same packets from a rightful sender: by the pod's own device, and by another uplink than the
+/// one that leads back.
 fn rightful(table: &mut Table, cast: &Cast) {
     if cast.protocol == UDP {
         return;
@@ -238,7 +239,7 @@ fn gateways(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// An endpoint's answers on their way out, that came in by its own device and by another one.
+/// An endpoint's answers on their way out, which came in by its own device and by another one.
 fn replies(table: &mut Table, cast: &Cast) {
     for (whose, net, ifindex, is_own) in [
         ("by its device", NET_PODS, EDGE, true),
@@ -273,7 +274,7 @@ fn replies(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// What the endpoint's own packet does to its flow; nobody else's changes it.
+/// Adds the flow's new state if the packet is the endpoint's own; nobody else's changes it.
 fn leaves_behind(case: Case, before: &Connection, what: &str, of: &str) -> Case {
     let seen = before.age(0);
     let proven = seen.state(state::ESTABLISHED);
@@ -325,7 +326,7 @@ fn sources(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// An address whose lane is another's.
+/// Returns another address of the same lane.
 fn of_one_lane(address: IpAddr) -> IpAddr {
     fn search<F: Ip>(address: IpAddr, of: impl Fn(u32) -> IpAddr) -> IpAddr {
         let lane_of = |address| F::of(address).map(|address| lane::<F>(&address));
@@ -345,7 +346,7 @@ fn of_one_lane(address: IpAddr) -> IpAddr {
     }
 }
 
-/// With an address of the node that shares its lane with another one.
+/// Adds an address of the node that shares its lane with another address.
 fn beside_node(world: &World, address: IpAddr) -> World {
     let (mut world, node) = (world.clone(), of_one_lane(address));
     let _ = world.node_addresses.insert(node, 0);

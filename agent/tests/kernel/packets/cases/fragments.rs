@@ -1,4 +1,4 @@
-//! Datagrams in fragments: the others go the first one's way, and wait for it.
+//! Datagrams in fragments: the later ones go the way of the first, and wait for it.
 
 use std::net::SocketAddr;
 
@@ -51,14 +51,14 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// A datagram in three fragments.
+/// Returns a datagram in three fragments.
 pub(super) fn parts(frame: &Frame) -> Vec<Frame> {
     let parts = frame.fragments(ID, 24);
     assert!(parts.len() >= 2, "there is more than one");
     parts
 }
 
-/// A packet in the middle of a flow that is long enough for fragments.
+/// Returns a packet in the middle of a flow that is long enough for fragments.
 pub(super) fn long(cast: &Cast, source: SocketAddr, destination: SocketAddr) -> Frame {
     match cast.protocol {
         TCP => Frame::tcp(source, destination, crate::packets::frame::ACK, &[0x5a; 40]),
@@ -67,7 +67,7 @@ pub(super) fn long(cast: &Cast, source: SocketAddr, destination: SocketAddr) -> 
     }
 }
 
-/// The entry of a datagram between two ends: its ports, or none.
+/// Returns the entry of a datagram between two ends: its ports, or none.
 pub(super) fn told(
     cast: &Cast,
     source: SocketAddr,
@@ -75,7 +75,7 @@ pub(super) fn told(
     ports: bool,
     seen: u32,
 ) -> Datagrams {
-    // As it lies in memory, IPv4's in the lower half.
+    // As it lies in memory: IPv4's is in the lower half.
     let id = match cast.version {
         Version::V4 => u32::from((ID as u16).to_be()),
         Version::V6 => ID.to_be(),
@@ -94,13 +94,13 @@ pub(super) fn told(
     )])
 }
 
-/// A flow, and a world with it.
+/// Returns a flow, and a world with it.
 fn established(cast: &Cast) -> (Connection, World) {
     let connection = cast.connection().state(state::ESTABLISHED);
     (connection, cast.world().own_device().flows(connection.both()))
 }
 
-/// Fragments of a question.
+/// Fragments of a request.
 fn forward(table: &mut Table, cast: &Cast) {
     let (connection, world) = established(cast);
     for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
@@ -117,7 +117,7 @@ fn forward(table: &mut Table, cast: &Cast) {
                 .flows([connection.both()])
                 .fragments(entry.clone()),
         );
-        // Whatever the flow's state: nothing of it changes.
+        // The flow's state does not matter, and stays as it is.
         for (what, connection) in [
             ("a", connection),
             ("an old", connection.age(60)),
@@ -206,8 +206,8 @@ fn replies(table: &mut Table, cast: &Cast) {
                 .reply(ONE),
         );
     }
-    // What a backend sends without a flow of ours is noted too, so that its other fragments need
-    // not wait.
+    // A packet that a backend sends without a flow of ours is recorded too, so that its later
+    // fragments need not wait.
     let answer = parts(&long(cast, cast.backend, cast.client));
     let world = cast.world().own_device();
     let untouched = told(cast, cast.backend, cast.client, false, 0);
@@ -224,7 +224,7 @@ fn replies(table: &mut Table, cast: &Cast) {
             .tc_egress(UPLINK)
             .sends(&answer[1]),
     );
-    // At ingress nobody asks.
+    // At ingress no entry is looked up.
     for (index, fragment) in answer.iter().enumerate() {
         table.add(
             cast.case(format!("fragment {index} of a reply at ingress"))
@@ -235,7 +235,7 @@ fn replies(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// The frame as it goes to the agent.
+/// Returns the frame as it is sent to the agent.
 fn labelled(fragment: &Frame, flags: u8, ifindex: u32) -> Vec<u8> {
     let ifindex = ifindex.to_be_bytes();
     [&[2, flags][..], &ifindex, &[0; 6], &[0x88, 0xb5], &fragment.bytes()].concat()
@@ -291,12 +291,12 @@ fn early(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// An agent that is dead, or has given up, keeps none.
+/// An agent that is dead, or has given up, holds no fragments.
 fn early_without_agent(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let (_, world) = established(cast);
     let question = parts(&long(cast, cast.client, cast.frontend));
-    // An agent that is dead keeps none: they may be anybody's.
+    // An agent that is dead holds none: it is not known whose they are.
     for (age, is_kept) in [(HEARTBEAT_TICKS - 1, true), (HEARTBEAT_TICKS + 2, false)] {
         let world = world.clone().said_to_keep_fragments(age);
         let name = format!(
@@ -312,7 +312,7 @@ fn early_without_agent(table: &mut Table, cast: &Cast) {
                 .reason(Reason::Fragment, 0)
         });
     }
-    // Once the agent has given up.
+    // The agent has given up.
     let untouched = world.clone().fragments(told(cast, cast.client, cast.frontend, false, 1));
     table.add(
         cast.case("a fragment that has waited in vain")
@@ -323,7 +323,7 @@ fn early_without_agent(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Fragments of strangers pass.
+/// Fragments that concern no Service pass.
 fn early_of_strangers(table: &mut Table, cast: &Cast) {
     let (_, world) = established(cast);
     let stranger = parts(&long(cast, cast.client, cast.client));
@@ -405,7 +405,7 @@ fn masqueraded(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// A packet of a masqueraded flow in two fragments, at one of its hooks.
+/// Returns a packet of a masqueraded flow in two fragments, at one of its hooks.
 fn masqueraded_part(
     table: &mut Table,
     cast: &Cast,
@@ -449,7 +449,7 @@ fn node_ports(table: &mut Table, cast: &Cast) {
     world.serve_node_ports(cast.node);
     let node = |port| SocketAddr::new(cast.node, port);
     let other = parts(&long(cast, cast.client, node(30_000)).at(mac(UPLINK)));
-    // Whether a node port is asked for, only the first fragment tells.
+    // Only the first fragment shows whether its destination is a node port.
     let name = format!("{title}: a fragment to the node that comes first waits");
     table.add(held(name, &world, Program::Ingress, UPLINK, &other[1]));
     let untouched = told(cast, cast.client, node(0), false, 0);
@@ -504,10 +504,10 @@ fn shapes(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// A fragment that is too long for our own device.
+/// A fragment that is too long for Sluice's own device.
 fn too_long(table: &mut Table, cast: &Cast) {
     let (_, world) = established(cast);
-    // Too long for our own device.
+    // It is too long for Sluice's own device.
     let large = Frame::udp(cast.client, cast.frontend, &[0x5a; 4_000]).fragments(ID, 1_600);
     assert!(large[1].length() > HELD_LENGTH_MAX, "longer than can be held");
     table.add(
@@ -524,7 +524,8 @@ fn extensions_behind(table: &mut Table, cast: &Cast) {
     let (_, world) = established(cast);
     let question = long(cast, cast.client, cast.frontend);
     if cast.version == Version::V6 {
-        // Extension headers behind the fragment header: the others do not tell that it is UDP.
+        // Extension headers behind the fragment header: the later fragments do not show that it is
+        // UDP.
         let options = [&[17, 0, 1, 4, 0, 0, 0, 0][..], &question.payload_bytes()].concat();
         let first = question.part(ID, 0, true, 60, &options[..24]);
         let mut untouched = told(cast, cast.client, cast.frontend, false, 0);
@@ -550,7 +551,7 @@ fn extensions_behind(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Which datagram a fragment is of.
+/// A fragment is matched to the right datagram.
 fn stale(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let (_, world) = established(cast);
@@ -574,8 +575,8 @@ fn stale(table: &mut Table, cast: &Cast) {
     let elsewhere = parts(&long(cast, cast.client, cast.other_frontend));
     let name = format!("{title}: a fragment to another address with the same identification");
     table.add(held(name, &with(entry(0)), Program::Ingress, EDGE, &elsewhere[1]));
-    // The datagram of a connection whose reply entry is for a hairpin or a direct one goes its own
-    // way.
+    // A datagram of a connection whose reply entry is a hairpin's or a direct connection's goes its
+    // own way.
     let direct = cast.connection().state(state::ESTABLISHED).flags(flow::LOCAL).age(3);
     let world = cast.world().flows(direct.forward()).fragments(entry(0));
     table.add(
@@ -612,7 +613,7 @@ fn unserved(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// SCTP whose port changes: not in fragments.
+/// SCTP whose port changes cannot be translated in fragments.
 fn remapped(table: &mut Table, cast: &Cast) {
     let (connection, world) = established(cast);
     let question = parts(&long(cast, cast.client, cast.frontend));
@@ -624,7 +625,7 @@ fn remapped(table: &mut Table, cast: &Cast) {
         .dropped(Reason::RewriteFailed, ONE)
         .flows([connection.both()])
         .fragments(told(cast, cast.client, cast.frontend, false, 0));
-    // The addresses are written before it shows.
+    // The addresses are written before the failure shows.
     case.expected.frame = question[0].clone().to(cast.backend).bytes();
     table.add(case);
     let received = question[0].clone().at(mac(NARROW));

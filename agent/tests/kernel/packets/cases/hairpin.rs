@@ -22,7 +22,7 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// The first packet of a client to itself is turned back to it.
+/// The first packet of a client to itself is bounced back to it.
 fn turned_back(table: &mut Table, cast: &Cast) {
     let client = SocketAddr::new(cast.backend.ip(), 40_001);
     let mirror = SocketAddr::new(cast.frontend.ip(), 40_001);
@@ -60,7 +60,7 @@ fn turned_back(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// The same where its TTL ends.
+/// The same packet when its TTL ends.
 fn turned_back_at_its_end(table: &mut Table, cast: &Cast) {
     let client = SocketAddr::new(cast.backend.ip(), 40_001);
     let mirror = SocketAddr::new(cast.frontend.ip(), 40_001);
@@ -95,7 +95,7 @@ fn turned_back_at_its_end(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Its own answers, and packets of its proven flow.
+/// The client's own answers, and packets of its proven flow.
 fn answers_itself(table: &mut Table, cast: &Cast) {
     let client = SocketAddr::new(cast.backend.ip(), 40_001);
     let mirror = SocketAddr::new(cast.frontend.ip(), 40_001);
@@ -142,7 +142,7 @@ fn answers_itself(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// The client says that its port is closed, about an answer of its own.
+/// The client reports that its port is closed, about its own answer.
 fn quotes_itself(table: &mut Table, cast: &Cast) {
     let client = SocketAddr::new(cast.backend.ip(), 40_001);
     let mirror = SocketAddr::new(cast.frontend.ip(), 40_001);
@@ -153,7 +153,7 @@ fn quotes_itself(table: &mut Table, cast: &Cast) {
         ..cast.connection()
     };
     let proven = cast.world().flows(connection.state(state::ESTABLISHED).both());
-    // The client says that its port is closed, about an answer of its own.
+    // The client reports that its port is closed, about its own answer.
     let quoted = Frame::udp(cast.frontend, client, b"quote");
     let quoted = if cast.protocol == TCP {
         Frame::tcp(cast.frontend, client, ACK, b"quote")

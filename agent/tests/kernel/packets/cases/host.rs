@@ -1,4 +1,4 @@
-//! This host as the client: its sockets' untranslated packets are met where their route leaves.
+//! This host as the client: its sockets' untranslated packets are seen where their route leaves.
 
 use std::net::SocketAddr;
 
@@ -29,7 +29,7 @@ fn connection(cast: &Cast) -> Connection {
     of_host(cast, cast.connection())
 }
 
-/// The backend moved to another address.
+/// Returns a world in which the backend has another address.
 pub(crate) fn moved(cast: &Cast, net: u8) -> (World, SocketAddr) {
     let mut world = cast.world();
     let at = SocketAddr::new(address(cast.version, net, 3), cast.backend.port());
@@ -43,7 +43,7 @@ fn question(table: &mut Table, cast: &Cast) {
     for (program, frame) in
         [(Program::Egress, first.clone()), (Program::EgressL3, first.clone().l3())]
     {
-        // A test run takes the ethertype of a bare packet from its source.
+        // A test run takes the ethertype of a packet without a link header from its source address.
         let ifindex = if program == Program::Egress { UPLINK } else { TUNNEL };
         table.add(
             cast.case(format!("the host's own packet goes where the FIB says, {}", program.name()))
@@ -88,7 +88,7 @@ fn question(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Packets that just fit an MTU, and such that do not.
+/// Packets that just fit an MTU, and others that do not.
 fn sizes(table: &mut Table, cast: &Cast, connection: Connection, what: &str, net: u8) {
     let (world, at) = moved(cast, net);
     let narrow = Connection { backend: at, ..connection };
@@ -139,7 +139,7 @@ fn sizes(table: &mut Table, cast: &Cast, connection: Connection, what: &str, net
     }
 }
 
-/// Replies to this host are handed in where their route leaves.
+/// Replies to this host are injected where their route leaves.
 fn answer(table: &mut Table, cast: &Cast) {
     let cast = &cast.backend_in(NET_REMOTE);
     let connection = connection(cast);

@@ -25,7 +25,7 @@ fn world(cast: &Cast) -> World {
     cast.world().flows(cast.connection().state(state::ESTABLISHED).both())
 }
 
-/// Name, type and code, and the word behind the checksum.
+/// Returns name, type and code, and the word behind the checksum.
 fn errors(version: Version) -> Vec<(&'static str, (u8, u8), u32)> {
     match version {
         Version::V4 => vec![
@@ -44,8 +44,8 @@ fn errors(version: Version) -> Vec<(&'static str, (u8, u8), u32)> {
     }
 }
 
-/// An error on its way to the client, about a packet as the backend sees it, and what the client
-/// must see.
+/// Returns an error on its way to the client, about a packet as the backend sees it, and the error
+/// that the client must see.
 fn about_question(
     cast: &Cast,
     from: IpAddr,
@@ -62,8 +62,8 @@ fn about_question(
     ]
 }
 
-/// An error on its way to the frontend, about a reply as the client sees it, and what the backend
-/// must see.
+/// Returns an error on its way to the frontend, about a reply as the client sees it, and the error
+/// that the backend must see.
 fn about_reply(
     cast: &Cast,
     from: IpAddr,
@@ -97,7 +97,7 @@ fn add_pair(
     table.add(case);
 }
 
-/// Kinds of errors, about questions and about replies.
+/// Kinds of errors, about requests and about replies.
 fn kinds(table: &mut Table, cast: &Cast) {
     let question = cast.next(cast.client, cast.backend);
     let reply = cast.next(cast.frontend, cast.client);
@@ -182,7 +182,7 @@ fn error_shapes(table: &mut Table, cast: &Cast) {
     table.add(cast.case("an error is left to tc").world(&world(cast)).xdp(UPLINK).sends(&error));
 }
 
-/// Quotes of all lengths: too short ones are passed, longer ones translated.
+/// Quotes of all lengths: those that are too short are passed, longer ones are translated.
 fn quotes(table: &mut Table, cast: &Cast) {
     let (_, kind, rest) = errors(cast.version)[0];
     let question = cast.next(cast.client, cast.backend);
@@ -190,7 +190,7 @@ fn quotes(table: &mut Table, cast: &Cast) {
     for bytes in 0..=question.length() as usize {
         let [error, mut becomes] =
             about_question(cast, cast.router, (kind, rest), &question, bytes);
-        // Half a checksum is not there to be read: that byte stays.
+        // Half a checksum cannot be read, so that byte stays.
         if cast.protocol == TCP
             && bytes == network + 17
             && let (Payload::Icmp { quote, .. }, Payload::Icmp { quote: old, .. }) =
@@ -270,7 +270,7 @@ fn not_ours(table: &mut Table, cast: &Cast) {
     pass("an error about an error", &world(cast), Program::Ingress, &nested);
 }
 
-/// The client's port was changed, and the error tells of the changed one.
+/// The client's port was changed, and the error quotes the changed one.
 fn remapped(table: &mut Table, cast: &Cast) {
     let seen_as = SocketAddr::new(cast.client.ip(), 1024);
     let connection = cast.other_connection().state(state::ESTABLISHED).seen_as(seen_as);

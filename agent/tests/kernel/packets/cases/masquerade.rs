@@ -1,4 +1,4 @@
-//! Which new flows are masqueraded, and how.
+//! The new flows that are masqueraded, and the address and port that they get.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -36,7 +36,8 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// Where backends are: a net, its device, flags of the backend and of a flow to it.
+/// A location of backends: a network, its device, and the flags of a backend there and of a flow to
+/// it.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
     net: u8,
@@ -57,33 +58,33 @@ pub(super) const REMOTE: Place =
     Place { net: NET_REMOTE, device: UPLINK, backend: backend::SERVING | SELECTED, flow: 0 };
 /// A pod of another node, by the overlay.
 pub(super) const OVERLAY: Place = Place { net: NET_OVERLAY, device: TUNNEL, ..REMOTE };
-/// A pod of another node, by a small MTU.
+/// A pod of another node, behind a small MTU.
 pub(super) const BEHIND_NARROW: Place = Place { net: NET_NARROW, device: NARROW, ..REMOTE };
 
 impl Place {
-    /// Flags of the backend there.
+    /// Returns the flags of a backend there.
     pub(super) fn backend_flags(self) -> u32 {
         self.backend
     }
 
-    /// The cast with its backend there, and the maps.
+    /// Returns the cast with its backend there, and the maps.
     pub(super) fn set(self, cast: &Cast) -> (Cast, World) {
         let cast = cast.backend_in(self.net);
         let world = cast.world().backend_flags(ONE, self.backend);
         (cast, world)
     }
 
-    /// The client's flow with its source kept.
+    /// Returns the client's flow with its source kept.
     pub(super) fn kept(self, cast: &Cast) -> Connection {
         cast.connection().flags(self.flow)
     }
 
-    /// The client's masqueraded flow: its source is kept until it leaves.
+    /// Returns the client's masqueraded flow: its source is kept until it leaves.
     pub(super) fn masqueraded(self, cast: &Cast) -> Connection {
         cast.connection().flags(self.flow | flow::MASQUERADED)
     }
 
-    /// What becomes of its source where it leaves, with the port of a try.
+    /// Returns the translation of the source where the packet leaves, with the port of an attempt.
     pub(super) fn source_at(self, cast: &Cast, attempt: u32) -> Connection {
         let port = tried(cast, cast.backend, attempt).port();
         let seen_as = SocketAddr::new(cast.node_on(self.device), port);
@@ -91,12 +92,12 @@ impl Place {
         Connection { frontend: cast.backend, seen_as, ..near }
     }
 
-    /// What becomes of its source where it leaves.
+    /// Returns the translation of the source where the packet leaves.
     pub(super) fn source(self, cast: &Cast) -> Connection {
         self.source_at(cast, 1)
     }
 
-    /// The program at the egress of the backend's device, and a frame there.
+    /// Returns the program at the egress of the backend's device, and a frame there.
     pub(super) fn out(self, frame: Frame) -> (Program, Frame) {
         if self.device == TUNNEL {
             (Program::EgressL3, frame.l3())
@@ -105,13 +106,13 @@ impl Place {
         }
     }
 
-    /// The maps once the client's packet has come in.
+    /// Returns the maps once the client's packet has come in.
     pub(super) fn met(self, cast: &Cast, world: &World) -> World {
         world.clone().embryonic(self.masqueraded(cast).both()).marks(mark::MASQUERADED)
     }
 }
 
-/// The first packet as it comes in on a device.
+/// Returns the first packet as it comes in on a device.
 fn first(cast: &Cast, ifindex: u32) -> (Program, Frame) {
     let first = cast.first(cast.client, cast.frontend);
     if ifindex == TUNNEL {
@@ -121,8 +122,8 @@ fn first(cast: &Cast, ifindex: u32) -> (Program, Frame) {
     }
 }
 
-/// The flow as it is recorded where its client comes in by a device: whether its replies leave by
-/// another one.
+/// Returns the flow as it is recorded if its client comes in by a device: its flags tell whether
+/// the replies leave by another one.
 pub(super) fn as_met(
     cast: &Cast,
     world: &World,
@@ -143,7 +144,7 @@ pub(super) fn as_met(
     connection.flags(connection.flags | if is_away { flow::AWAY } else { 0 })
 }
 
-/// The case of a new flow where it comes in, whether its client is masqueraded or keeps its source.
+/// Returns the case of a new flow where it comes in, masqueraded or with its source kept.
 pub(super) fn opens(
     name: String,
     cast: &Cast,
@@ -166,7 +167,7 @@ pub(super) fn opens(
         )
 }
 
-/// The case of a masqueraded client's first packet where it leaves.
+/// Returns the case of a masqueraded client's first packet where it leaves.
 pub(super) fn leaves(
     name: String,
     cast: &Cast,
@@ -183,7 +184,7 @@ pub(super) fn leaves(
         .becomes(&first.from(source.seen_as))
 }
 
-/// A client that has no way back.
+/// Adds a client without a way back.
 fn refused(name: String, cast: &Cast, world: &World, ifindex: u32) -> Case {
     let (program, first) = first(cast, ifindex);
     case(name).world(world).at(program, ifindex).sends(&first).dropped(Reason::NoRoute, ONE)
@@ -270,7 +271,7 @@ fn matrix(table: &mut Table, cast: &Cast) {
                     _ => opens(name, &cast, &world, ifindex, &place.masqueraded(&cast)),
                 });
             }
-            // A backend at an address of the node itself answers by this node alone.
+            // A backend at an address of the node itself answers through this node alone.
             for (who, net, ifindex) in
                 [("a pod", NET_PODS, EDGE), ("a client outside", NET_UNROUTED, UPLINK)]
             {
@@ -293,8 +294,8 @@ fn matrix(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Prefixes of one family tell nothing about clients of the other: there it is as if nobody told
-/// local pods.
+/// Prefixes of one family say nothing about clients of the other family: there no local pods are
+/// known.
 fn other_family(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let (network, bits) = match cast.version {
@@ -419,7 +420,8 @@ fn frame_for_another(cast: &Cast) -> Frame {
     cast.first(cast.client, cast.frontend).at([2, 9, 9, 9, 9, 9])
 }
 
-/// What a way back is: a local backend, and a route to the client by a device of ours.
+/// The ways back that count: those of a local backend, and a route to the client by a device with
+/// programs.
 fn ways_back(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     for (what, net, kept) in [
@@ -438,8 +440,8 @@ fn ways_back(table: &mut Table, cast: &Cast) {
             let world = world.clone().kind(ONE, kind);
             let connection = LOCAL.kept(&cast);
             table.add(if net == NET_PODS {
-                // Whoever has a pod's link does not come by the uplink: somebody else, whose port
-                // is another one.
+                // Only a pod's own link leads to its address. What comes by the uplink is somebody
+                // else's, and gets another port.
                 let seen_as = tried(&cast, cast.frontend, 1);
                 opens(name, &cast, &world, UPLINK, &connection.seen_as(seen_as))
             } else if kept {
@@ -449,14 +451,14 @@ fn ways_back(table: &mut Table, cast: &Cast) {
             });
         }
     }
-    // A link without local pods: its clients are as those outside.
+    // A link without local pods: its clients are treated like those outside.
     let (cast, mut world) = REMOTE.set(cast);
     world.devices.get_mut(&EDGE).expect("the edge").flags &= !device_flags::LOCAL_PODS;
     let name = format!("{title}: a client at a link that is no local pod's, a remote backend");
     table.add(opens(name, &cast, &world, EDGE, &REMOTE.masqueraded(&cast)));
 }
 
-/// No device of ours leads to the backend, or it has no address.
+/// No device with programs leads to the backend, or the device has no address.
 fn no_address(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let remote = |net| Place { net, ..REMOTE };
@@ -506,7 +508,7 @@ fn no_address(table: &mut Table, cast: &Cast) {
     table.add(opens(name, &pod, &world, EDGE, &REMOTE.kept(&pod)));
 }
 
-/// TTL and MTU are the stack's business, which the packet passes between both translations.
+/// TTL and MTU are left to the stack, which the packet passes between the two translations.
 fn limits(table: &mut Table, cast: &Cast) {
     let (remote, world) = REMOTE.set(cast);
     let (program, packet) = first(&remote, UPLINK);
@@ -541,7 +543,7 @@ fn limits(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Packets of this host get the address that the route to the backend gives them.
+/// Packets of this host get the address that the route to the backend prescribes.
 fn host(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let own = cast.client(SocketAddr::new(cast.node, 40_001));
@@ -592,7 +594,7 @@ fn host(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// A device without our programs, and a port that is taken.
+/// A device without programs, and a port that is taken.
 fn host_elsewhere(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let own = cast.client(SocketAddr::new(cast.node, 40_001));
@@ -623,14 +625,14 @@ fn host_elsewhere(table: &mut Table, cast: &Cast) {
     table.add(case(name, &cast_far, &world, &kept(foreign, &cast_far)));
     let (overlay, world) = OVERLAY.set(&own);
     let taken = masqueraded(OVERLAY, &overlay);
-    // Somebody else's flow that is shown as the same tuple.
+    // Another client's flow that the backend sees as the same tuple.
     let blocker = Connection { client: cast.client, ..taken };
     let moved = masqueraded_at(OVERLAY, &overlay, 2);
     let name = format!("{title}: this host, its port is taken at the other device's address");
     table.add(case(name, &overlay, &world.embryonic(blocker.both()), &moved));
 }
 
-/// What goes to a backend on this node XDP can finish.
+/// A flow to a backend on this node, which XDP can finish.
 fn left_by_xdp(table: &mut Table, cast: &Cast) {
     for (what, net, place) in [
         ("a remote backend by the underlay", NET_CLIENTS, REMOTE),

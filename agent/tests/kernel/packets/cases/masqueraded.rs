@@ -1,5 +1,5 @@
-//! Packets along masqueraded flows: each way is translated twice, the frontend's side on the
-//! client's device and the client's side on the backend's.
+//! Packets along masqueraded flows. Each direction is translated twice: the frontend's side on the
+//! client's device, and the client's side on the backend's.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -41,7 +41,7 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// A frame that comes in on a device.
+/// Returns a frame that comes in on a device.
 pub(super) fn on(ifindex: u32, frame: Frame) -> (Program, Frame) {
     if ifindex == TUNNEL {
         (Program::IngressL3, frame.l3())
@@ -50,7 +50,7 @@ pub(super) fn on(ifindex: u32, frame: Frame) -> (Program, Frame) {
     }
 }
 
-/// A client, where it comes in, and where its backend is.
+/// A client's network and device, and the location of its backend.
 pub(super) const PAIRS: [(&str, u8, u32, Place); 5] = [
     ("outside to a remote backend", NET_CLIENTS, UPLINK, REMOTE),
     ("outside to a backend behind the overlay", NET_CLIENTS, UPLINK, OVERLAY),
@@ -59,14 +59,14 @@ pub(super) const PAIRS: [(&str, u8, u32, Place); 5] = [
     ("a pod to a local backend", NET_PODS, EDGE, LOCAL),
 ];
 
-/// Where a packet of a masqueraded flow is met.
+/// A hook at which a packet of a masqueraded flow is seen.
 struct Meeting {
     what: &'static str,
     program: Program,
     ifindex: u32,
     frame: Frame,
     becomes: Frame,
-    /// Whether the frontend's side is translated, which is counted.
+    /// Whether the frontend's side is translated, which is where the packet is counted.
     near: bool,
     reply: bool,
 }
@@ -86,7 +86,7 @@ impl Meeting {
     }
 }
 
-/// The four places where a packet and its reply are translated.
+/// Returns the four places where a packet and its reply are translated.
 fn meetings(
     cast: &Cast,
     ifindex: u32,
@@ -139,7 +139,7 @@ fn meetings(
     ]
 }
 
-/// Both flows.
+/// Returns the entries of both flows.
 pub(super) fn flows_of(one: &Connection, other: &Connection) -> Flows {
     let mut flows = one.both();
     flows.extend(other.both());
@@ -167,7 +167,7 @@ fn first_reply(table: &mut Table, cast: &Cast) {
                 (TCP, true) => case.embryonic([own.answered().both(), other.both()]),
                 _ => case,
             });
-            // Without a mark nobody looks.
+            // Without a mark nothing is looked up.
             if !meeting.near {
                 let unmarked = world.clone().marks(0);
                 table.add(
@@ -207,7 +207,7 @@ fn both_ways(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Entries that are lost are made again by the other way's packets, and by those that are theirs.
+/// Lost entries are made again by packets of the other direction, and by those of their own.
 fn lost(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     for (what, net, ifindex, place) in PAIRS {
@@ -253,7 +253,7 @@ fn lost(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Packets of a masqueraded flow at hooks where they are none of our business.
+/// Packets of a masqueraded flow at hooks where they are left alone.
 fn elsewhere(table: &mut Table, cast: &Cast) {
     let (cast, world) = REMOTE.set(cast);
     let near = REMOTE.masqueraded(&cast).state(state::ESTABLISHED);
@@ -263,8 +263,8 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
         let frame = frame.clone().at(mac(ifindex));
         table.add(cast.case(what).world(&world).at(program, ifindex).sends(&frame));
     };
-    // A datagram from there would be somebody else's, whose port changes: the programs leave alone
-    // what they have translated.
+    // A datagram from there would belong to somebody else, and get another port: the programs leave
+    // alone what they have translated.
     if cast.protocol == TCP {
         pass(
             "a masqueraded packet has left for its backend and is met once more",
@@ -281,7 +281,7 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Its replies, and packets beside it, where they are left alone.
+/// Replies, and other packets, at hooks where they are left alone.
 fn replies_elsewhere(table: &mut Table, cast: &Cast) {
     let (cast, world) = REMOTE.set(cast);
     let near = REMOTE.masqueraded(&cast).state(state::ESTABLISHED);
@@ -329,7 +329,7 @@ fn replies_elsewhere(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// What XDP takes of a masqueraded flow to a local backend.
+/// XDP's part of a masqueraded flow to a local backend.
 fn xdp_with_local_backend(table: &mut Table, cast: &Cast) {
     let (cast, _) = REMOTE.set(cast);
     let (local, world) = LOCAL.set(&cast);
@@ -356,11 +356,11 @@ fn xdp_with_local_backend(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Client and backend are ports of one bridge: what keeps its source is bridged, what is
-/// masqueraded is routed.
+/// Client and backend are ports of one bridge: a packet that keeps its source is bridged, a
+/// masqueraded one is routed.
 fn bridge_ports(table: &mut Table, cast: &Cast) {
     let title = cast.title();
-    // Both are ports of one bridge: what keeps its source is bridged, what is masqueraded is
+    // Both are ports of one bridge: a packet that keeps its source is bridged, a masqueraded one is
     // routed.
     let pod = cast.client_in(NET_PODS);
     let bridged = pod.backend_in(NET_BACKENDS);
@@ -414,7 +414,8 @@ fn without_address(table: &mut Table, cast: &Cast) {
 
 /// A direct connection from the port of a masqueraded client.
 fn direct_beside_masqueraded(table: &mut Table, cast: &Cast) {
-    // A direct connection of the same client port: the masqueraded flow's reply tuple is taken.
+    // A direct connection from the same client port: the reply tuple of the masqueraded flow is
+    // taken.
     let (local, world) = LOCAL.set(&cast.client_in(NET_PODS));
     let near = LOCAL.masqueraded(&local).state(state::ESTABLISHED);
     let far = LOCAL.source(&local).state(state::ESTABLISHED);
@@ -440,7 +441,7 @@ fn direct_beside_masqueraded(table: &mut Table, cast: &Cast) {
             .embryonic([direct.both()])
             .marks(mark::DIRECT | mark::MASQUERADED),
     );
-    // Having its own port, it is no masqueraded client's where it leaves.
+    // Since it has its own port, it does not count as a masqueraded client's where it leaves.
     let both = world.embryonic(direct.both()).marks(mark::DIRECT | mark::MASQUERADED);
     let sent = local.first(seen_as, local.backend);
     table.add(
@@ -498,7 +499,7 @@ fn away_from(table: &mut Table, cast: &Cast, what: &str, place: Place, flags: u8
 fn away_as_the_stack(table: &mut Table, cast: &Cast, what: &str, place: Place, flags: u8) {
     let (cast, world) = place.set(cast);
     let world = world.kind(ONE, frontend::EXTERNAL_IP).marks(mark::MASQUERADED);
-    // Sent on by us: as the stack would.
+    // Packets that we forward are treated as the stack would treat them.
     let gone = cast.client_in(NET_UNROUTED);
     let connection = gone.connection().state(state::ESTABLISHED).flags(flags | flow::AWAY);
     table.add(
@@ -527,7 +528,7 @@ fn away_as_the_stack(table: &mut Table, cast: &Cast, what: &str, place: Place, f
     );
 }
 
-/// TTL, MTU and routes are the stack's business, which each packet passes between both
+/// TTL, MTU and routes are left to the stack, which each packet passes between the two
 /// translations.
 fn stack(table: &mut Table, cast: &Cast) {
     let title = cast.title();
@@ -653,7 +654,7 @@ fn errors_elsewhere(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// This host's flows under another of its addresses: replies are handed in.
+/// This host's flows with another of its addresses: replies are injected.
 fn host(table: &mut Table, cast: &Cast) {
     let own = cast.client(std::net::SocketAddr::new(cast.node, 40_001));
     let (cast, world) = OVERLAY.set(&own);
@@ -713,7 +714,7 @@ fn proof(table: &mut Table, cast: &Cast) {
         let name = format!("{title}: the second packet of a masqueraded flow, {}", meeting.what);
         let case = meeting.case(&name, &young);
         let (own, other) = if meeting.near { (near, far) } else { (far, near) };
-        // The endpoint's proves it, on the side where it is met.
+        // The endpoint's packet proves it, on the side where it is seen.
         table.add(if meeting.reply {
             case.flows([own.state(state::ESTABLISHED).both()]).embryonic([other.both()])
         } else {
@@ -750,7 +751,7 @@ fn endings(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// All entries were lost, and packets that tell nothing of them.
+/// All entries were lost, and the packets do not show what they were.
 fn lost_altogether(table: &mut Table, cast: &Cast) {
     let (cast, world) = REMOTE.set(cast);
     let (near, far) = (REMOTE.masqueraded(&cast), REMOTE.source(&cast));

@@ -36,7 +36,7 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// The key of a node port.
+/// Returns the key of a node port.
 fn wildcard(cast: &Cast) -> SocketAddr {
     let unspecified: IpAddr = match cast.version {
         Version::V4 => Ipv4Addr::UNSPECIFIED.into(),
@@ -45,7 +45,7 @@ fn wildcard(cast: &Cast) -> SocketAddr {
     SocketAddr::new(unspecified, PORT)
 }
 
-/// The service port has a node port, served at the uplink's address alone.
+/// Returns a world in which the service port has a node port, served at the uplink's address alone.
 pub(super) fn world(cast: &Cast, service_port: u32) -> World {
     // The node's own address is no frontend.
     let mut world = Cast::new(cast.version, cast.protocol).world();
@@ -98,7 +98,7 @@ fn opening(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// A process of this host asks a node port of this host.
+/// A process of this host sends to a node port of this host.
 fn to_itself(table: &mut Table, cast: &Cast) {
     let world = world(cast, ONE);
     let connection = of_host(cast, cast.connection());
@@ -128,7 +128,7 @@ fn to_itself(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// The answer is handed in by the loopback device.
+/// The answer is injected by the loopback device.
 fn answer_to_itself(table: &mut Table, cast: &Cast) {
     let world = world(cast, ONE);
     let connection = of_host(cast, cast.connection());
@@ -153,8 +153,8 @@ fn its_own_backend(table: &mut Table, cast: &Cast) {
     let world = world(cast, ONE);
     let connection = of_host(cast, cast.connection());
     let first = cast.first(connection.client, cast.frontend).at(mac(LOOPBACK));
-    // This host is its own backend: client and server have one address, and a port that no socket
-    // has.
+    // This host is its own backend: client and server share an address, and the port is one that no
+    // socket has.
     let at = SocketAddr::new(cast.node, cast.backend.port());
     let mut world = world;
     world.add_backend(cast, ONE, ONE, at);
@@ -174,8 +174,7 @@ fn its_own_backend(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Loopback addresses are there for processes of this host alone, and those of one link for that
-/// link.
+/// Loopback addresses serve only processes of this host, and link-local addresses only their link.
 fn within(table: &mut Table, cast: &Cast) {
     let (loopback, of_link): (IpAddr, Option<IpAddr>) = match cast.version {
         Version::V4 => (Ipv4Addr::LOCALHOST.into(), None),
@@ -198,7 +197,7 @@ fn within(table: &mut Table, cast: &Cast) {
             );
         }
     }
-    // The client's own address is a loopback one too: it is shown as the node.
+    // The client's own address is a loopback address too, so the backend sees the node's.
     let asked =
         cast.frontend(SocketAddr::new(loopback, PORT)).client(SocketAddr::new(loopback, 40_001));
     let mut connection = of_host(cast, asked.connection());
@@ -281,7 +280,7 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
     pass("a stranger in a lane with every bit", &listed, Program::Ingress, UPLINK, at(cast.router));
 }
 
-/// Ports and protocols that are no node ports, and the egress.
+/// Ports and protocols without a node port, and the egress.
 fn other_ports(table: &mut Table, cast: &Cast) {
     let plain = world(cast, ONE);
     let mut pass = |what: &str, world: &World, program, ifindex, destination| {
@@ -356,7 +355,7 @@ fn along(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// An address that is a frontend's and the node's.
+/// An address that belongs to both a frontend and the node.
 fn shared(table: &mut Table, cast: &Cast) {
     let mut world = world(cast, ONE);
     world.add_frontend(cast, OTHER, cast.frontend, frontend::EXTERNAL_IP);
@@ -398,7 +397,7 @@ fn shared(table: &mut Table, cast: &Cast) {
             .tc_ingress(UPLINK)
             .sends(&first),
     );
-    // The frontend's address is met where this host sends it, its node port is not.
+    // The frontend's address is served where this host sends to it; its node port is not.
     let own = cast.first(SocketAddr::new(cast.node_on(NARROW), 40_001), cast.frontend);
     table.add(
         cast.case("no node port at egress, at a frontend's address either")

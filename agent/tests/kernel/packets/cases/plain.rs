@@ -43,7 +43,7 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// A flow without connections leaves its backend at once.
+/// A UDP flow leaves its backend as soon as that no longer serves.
 fn leaving(table: &mut Table, cast: &Cast) {
     let question = cast.next(cast.client, cast.frontend);
     let old = spare(cast).state(state::ESTABLISHED);
@@ -66,8 +66,8 @@ fn leaving(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// A question and its answers stay where they displace none but their like; what goes on is a
-/// stream.
+/// A request and its answers stay in `embryonic`, where they displace only their like. A flow that
+/// goes on is a stream.
 fn stream(table: &mut Table, cast: &Cast) {
     let opened = cast.world().embryonic(cast.connection().both());
     let again = cast.next(cast.client, cast.frontend);
@@ -102,7 +102,7 @@ fn stream(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// The client's flow to the backend that nobody selects.
+/// Returns the client's flow to the backend that no slot selects.
 fn spare(cast: &Cast) -> Connection {
     Connection { backend: cast.other_backend, id: SPARE, ..cast.connection() }
 }
@@ -153,12 +153,12 @@ fn opening(table: &mut Table, cast: &Cast) {
         .reply(ONE);
     table.add(match cast.protocol {
         TCP => case.embryonic([connection.answered().both()]),
-        // Answered; whether more than a question is still to be seen.
+        // It is answered; whether there will be more than a request is still to be seen.
         _ => case.embryonic([connection.state(state::ESTABLISHED).both()]),
     });
 }
 
-/// What a client acknowledges shows whether it has seen the endpoint's answer.
+/// A client's acknowledgment number shows whether it has seen the endpoint's answer.
 fn acknowledging(table: &mut Table, cast: &Cast) {
     let Cast { client, frontend, backend, .. } = *cast;
     let connection = cast.connection();
@@ -250,7 +250,7 @@ fn established(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Packets of a flow at hooks where they are none of our business.
+/// Packets of a flow at hooks where they are left alone.
 fn elsewhere(table: &mut Table, cast: &Cast) {
     let Cast { client, frontend, backend, .. } = *cast;
     let world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
@@ -274,7 +274,7 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Packets of strangers, and to addresses and ports that serve nothing.
+/// Packets of strangers, and packets to addresses and ports that serve nothing.
 fn strangers(table: &mut Table, cast: &Cast) {
     let Cast { client, frontend, backend, .. } = *cast;
     let world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
@@ -350,7 +350,7 @@ fn other_frames(table: &mut Table, cast: &Cast) {
 /// Client and backend are ports of one bridge.
 fn bridged(table: &mut Table, cast: &Cast) {
     let Cast { frontend, backend, .. } = *cast;
-    // A port's pods are routed to by the bridge.
+    // The pods of a port are reached by a route through the bridge.
     let cast = &cast.client_in(NET_BACKENDS);
     let first = cast.first(cast.client, frontend);
     let mut bridged = cast.world();
@@ -376,7 +376,7 @@ fn bridged(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Which backend a new flow gets.
+/// The selection of a new flow's backend.
 fn selection(table: &mut Table, cast: &Cast) {
     let first = cast.first(cast.client, cast.frontend);
     let mut world = cast.world();
@@ -430,7 +430,7 @@ fn selection(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Client ports, and whether their slot is below 30 of 61: for TCP and UDP, IPv4 and IPv6.
+/// Client ports, and whether their slot is below 30 of 61, for TCP and UDP, IPv4 and IPv6.
 const SLOTS: [[[(u16, bool); 3]; 2]; 2] = [
     [
         [(1024, false), (40_000, true), (65_535, false)],
@@ -506,7 +506,7 @@ fn no_promotion(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Resets instead of proof.
+/// Resets in place of a proof.
 fn refusals(table: &mut Table, cast: &Cast) {
     let connection = cast.connection();
     let world = cast.world().embryonic(connection.both());
@@ -602,7 +602,7 @@ fn closed(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Resets that were none: the backend goes on.
+/// Resets that had no effect: the backend goes on.
 fn doubted(table: &mut Table, cast: &Cast) {
     let connection = cast.connection().state(state::ESTABLISHED);
     let doubted = connection.state(state::ESTABLISHED | state::RESET_FORWARD);
@@ -639,7 +639,7 @@ fn doubted(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// A client that opens a connection anew from the port of an old one.
+/// A client that opens a new connection from the port of an old one.
 fn reopening(table: &mut Table, cast: &Cast) {
     let connection = cast.connection();
     let syn = cast.first(cast.client, cast.frontend);
@@ -666,7 +666,7 @@ fn reopening(table: &mut Table, cast: &Cast) {
             );
         }
     }
-    // What the client alone has said may be forged, and so may the SYN.
+    // What only the client says may be forged, and so may the SYN.
     for (what, bits) in
         [("a FIN", state::FIN_FORWARD), ("a RST", state::RESET_FORWARD), ("nothing", 0)]
     {
@@ -690,7 +690,7 @@ fn reopening(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// A backend accepts a client that has reset, from the same port.
+/// A backend accepts a client that has reset and connects again from the same port.
 fn reopening_accepted(table: &mut Table, cast: &Cast) {
     let connection = cast.connection();
     let doubted = connection.state(state::ESTABLISHED | state::RESET_FORWARD | state::FIN_FORWARD);
@@ -764,7 +764,7 @@ fn reopening_after_silence(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// A SYN whose old flow went to another backend, and one within a live flow.
+/// A SYN whose old flow led to another backend, and one within a live flow.
 fn reopening_elsewhere(table: &mut Table, cast: &Cast) {
     let connection = cast.connection();
     let syn = cast.first(cast.client, cast.frontend);

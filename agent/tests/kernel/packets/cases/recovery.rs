@@ -1,4 +1,4 @@
-//! Lost entries.
+//! Lost entries and their recovery.
 
 use sluice_common::Reason;
 use sluice_common::abi::{frontend, state};
@@ -41,7 +41,7 @@ fn forward(table: &mut Table, cast: &Cast) {
             .sends(&data)
             .becomes(&data.clone().to(cast.backend))
             .reason(Reason::Recovered, ONE);
-        // Half of a proven flow is proof; what anybody may have forged is not.
+        // Half of a proven flow is proof. An entry that anybody may have forged is not.
         table.add(if proven {
             case.flows([connection.both()])
         } else {
@@ -59,7 +59,7 @@ fn forward(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// One frontend leads to the backend, as far as the origins know.
+/// Returns a world in which one frontend is known to lead to the backend.
 fn one_origin(cast: &Cast) -> World {
     let mut world = cast.world();
     for frontends in world.origins.values_mut() {
@@ -131,7 +131,7 @@ fn reply_alone(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// A guess, and what the backend sends next.
+/// A guess, and the backend's next packet.
 fn guesses_and_backend(table: &mut Table, cast: &Cast) {
     let guessed = |connection: Connection| connection.state(state::GUESS).heard(SEQUENCE);
     let matched =
@@ -141,7 +141,7 @@ fn guesses_and_backend(table: &mut Table, cast: &Cast) {
         cast.case(format!("a guess, and {what}")).world(world).tc_egress(EDGE).sends(frame)
     };
     let world = cast.world().embryonic(guessed(guess).both());
-    // Of the connection that the reset was an answer in, and of any other.
+    // A packet of the connection that the reset was about, and one of another connection.
     let segment = cast.next(cast.backend, cast.client);
     let answered = segment.clone().acknowledging(SEQUENCE);
     table.add(
@@ -155,7 +155,7 @@ fn guesses_and_backend(table: &mut Table, cast: &Cast) {
     table.add(reply("the backend resets without an acknowledgment", &world, &bare));
 }
 
-/// A guess, and what the client sends next.
+/// A guess, and the client's next packet.
 fn guesses_and_client(table: &mut Table, cast: &Cast) {
     let guessed = |connection: Connection| connection.state(state::GUESS).heard(SEQUENCE);
     let matched =
@@ -178,7 +178,8 @@ fn guesses_and_client(table: &mut Table, cast: &Cast) {
             .forward(ONE)
             .embryonic([guess.both()]),
     );
-    // Its port is the connection's all the same: with another one the backend would not know it.
+    // Its port is the connection's in any case: the backend would not know the connection with
+    // another one.
     table.add(
         case(
             "the client goes on at another frontend",
@@ -229,7 +230,7 @@ fn guesses_and_resets(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Resets of the last guess, and of what has become certain.
+/// Resets after the last guess, and after a guess has become certain.
 fn last_guesses(table: &mut Table, cast: &Cast) {
     let matched =
         |connection: Connection| connection.state(state::GUESS | state::MATCHED).heard(SEQUENCE);
@@ -289,7 +290,7 @@ fn not_ours(table: &mut Table, cast: &Cast) {
         &one_origin(cast).flows(closed.forward()),
         &reset,
     );
-    // Its replies are translated, however long it has been idle: it has lost no entry of them.
+    // Its replies are translated, however long it has been idle, so their entry is not lost.
     let live = cast.other_connection().state(state::ESTABLISHED).age(5);
     pass(
         "a reset, and a live flow has the tuple, of a frontend that is not known to lead there",

@@ -1,4 +1,4 @@
-//! Services without backends: answers, and when there is none.
+//! Services without backends: the answers, and the cases without one.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -26,7 +26,7 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// The reset that answers a segment.
+/// Returns the reset that answers a segment.
 pub(super) fn reset(segment: &Frame) -> Frame {
     let Payload::Tcp { ports, sequence, acknowledgment, flags, data, .. } = &segment.payload else {
         panic!("a TCP segment");
@@ -54,7 +54,7 @@ pub(super) fn reset(segment: &Frame) -> Frame {
     answer
 }
 
-/// The ICMP error that answers a packet: at most 96 bytes of it are quoted, in whole words.
+/// Returns the ICMP error that answers a packet: at most 96 bytes of it are quoted, in whole words.
 pub(super) fn error(packet: &Frame, kind: (u8, u8), rest: u32) -> Frame {
     let bytes = packet.packet();
     let quote = bytes.len().min(96) & !3;
@@ -167,8 +167,8 @@ fn unreachables(table: &mut Table, cast: &Cast) {
 /// The answer to a datagram whose checksum is left to the device.
 fn unreachable_partial(table: &mut Table, cast: &Cast) {
     let datagram = |data: &[u8]| Frame::udp(cast.client, cast.empty, data);
-    // What the device will do to the answer: the sum of all else, complemented, goes into the
-    // second half of `rest`.
+    // What the device will do to the answer: the complement of the sum of everything else goes into
+    // the second half of `rest`.
     let partial = datagram(b"question").sum(Sum::Partial);
     let mut answer = unreachable(&partial);
     if let Payload::Icmp { rest, quote, .. } = &mut answer.payload
@@ -236,8 +236,8 @@ fn unanswered(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// What came to many hosts is left alone, as the stack routes none of it: neither answered nor
-/// translated.
+/// Frames to many hosts are left alone, neither answered nor translated, because the stack routes
+/// none of them.
 fn broadcast(table: &mut Table, cast: &Cast) {
     for (what, link) in [("broadcast", [0xff; 6]), ("multicast", [1, 0, 0x5e, 0, 0, 1])] {
         for (to, frontend) in
@@ -256,7 +256,7 @@ fn broadcast(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Where an answer is sent.
+/// The device by which an answer is sent.
 fn places(table: &mut Table, cast: &Cast) {
     let (answer, reason): (fn(&Frame) -> Frame, Reason) = match cast.protocol {
         TCP => (reset, Reason::NoBackendReset),

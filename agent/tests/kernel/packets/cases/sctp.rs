@@ -1,4 +1,4 @@
-//! SCTP: as TCP, but for its checksum and for who answers where nobody serves.
+//! SCTP is treated like TCP, except for its checksum and for the answer where nobody serves.
 
 use sluice_common::Reason;
 use sluice_common::abi::state;
@@ -95,7 +95,7 @@ fn handshake(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// What chunks do to a flow.
+/// The effect of chunks on a flow.
 fn states(table: &mut Table, cast: &Cast) {
     let flow = cast.connection().state(state::ESTABLISHED);
     let world = cast.world().flows(flow.both());
@@ -129,7 +129,7 @@ fn states(table: &mut Table, cast: &Cast) {
         let has_ended = reply == state::RESET_REPLY;
         table.add(if has_ended { case.flows([]).embryonic([after]) } else { case.flows([after]) });
     }
-    // An ended connection's ports may be used anew at once.
+    // The ports of an ended connection may be reused immediately.
     let ended = flow.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY);
     let first = cast.first(cast.client, cast.frontend);
     table.add(
@@ -185,7 +185,8 @@ fn checksums(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Where nobody serves, ICMP tells so, as kube-proxy's REJECT does for all but TCP.
+/// Without a backend, the client gets an ICMP error, as with kube-proxy's REJECT for all protocols
+/// but TCP.
 fn rejects(table: &mut Table, cast: &Cast) {
     for (what, packet) in [
         ("an INIT", cast.first(cast.client, cast.empty)),
@@ -253,7 +254,7 @@ fn errors(table: &mut Table, cast: &Cast) {
         let quote = |frame: &Frame| {
             let mut quote = frame.packet()[..network + bytes].to_vec();
             if bytes > 8 {
-                // Nobody reads the checksum of a quote, and none is made.
+                // The checksum of a quote is neither read nor made.
                 quote[network + 8..network + 12].fill(0x5c);
             }
             quote
@@ -278,8 +279,8 @@ fn errors(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// A client that does not know the connection of a reply says so with an ABORT with T, as TCP's
-/// does with a bare reset.
+/// A client that does not know the connection of a reply sends an ABORT with T, as TCP's client
+/// sends a bare reset.
 fn recovery(table: &mut Table, cast: &Cast) {
     let flow = cast.connection().state(state::ESTABLISHED);
     let abort = Frame::sctp(cast.client, cast.backend, (ABORT, T), &[]);
@@ -291,7 +292,8 @@ fn recovery(table: &mut Table, cast: &Cast) {
             .dropped(Reason::ReplyRecovered, ONE)
             .flows([flow.both()]),
     );
-    // An ABORT with T reflects the tag of what it answers: the guess is for packets with this tag.
+    // An ABORT with T reflects the tag of the packet that it answers: the guess is for packets with
+    // this tag.
     let guess = flow.state(state::GUESS).heard(0x5152_5354);
     table.add(
         cast.case("an ABORT with T, both entries lost, the client's slot tells")
@@ -319,7 +321,7 @@ fn recovery(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// An ABORT without T shows nothing lost, and data makes lost entries again.
+/// An ABORT without T does not show that anything is lost, and data makes lost entries again.
 fn no_recovery(table: &mut Table, cast: &Cast) {
     let flow = cast.connection().state(state::ESTABLISHED);
     let abort = Frame::sctp(cast.client, cast.backend, (ABORT, 0), &[]);

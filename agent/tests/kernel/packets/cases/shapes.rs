@@ -1,4 +1,4 @@
-//! The many shapes of a good packet: options, extensions, tags, no link header, checksums.
+//! The many shapes of a valid packet: options, extensions, tags, no link header, checksums.
 
 use sluice_common::abi::state;
 
@@ -22,7 +22,7 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// A first packet in another shape: by tc, and by XDP.
+/// Adds a first packet in another shape, for tc and for XDP.
 fn forward(table: &mut Table, cast: &Cast, what: &str, frame: &Frame) {
     for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
         let frame = frame.clone().at(mac(ifindex));
@@ -39,7 +39,7 @@ fn forward(table: &mut Table, cast: &Cast, what: &str, frame: &Frame) {
     }
 }
 
-/// A packet that is left alone, by tc and by XDP.
+/// Adds a packet that tc and XDP leave alone.
 fn pass(table: &mut Table, cast: &Cast, what: &str, frame: &Frame) {
     for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
         let frame = frame.clone().at(mac(ifindex));
@@ -137,7 +137,7 @@ fn bare(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// The frame with data that gives `wanted` of it this checksum.
+/// Returns the frame with data that gives `wanted` of it this checksum.
 fn with_checksum(frame: &Frame, wanted: impl Fn(&Frame) -> Frame, checksum: u16) -> Frame {
     let filled = |filler: u16| {
         let mut frame = frame.clone();

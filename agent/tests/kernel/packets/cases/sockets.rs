@@ -1,4 +1,4 @@
-//! Pods' own sockets, which speak to an endpoint without a frontend.
+//! Pods' own sockets, which talk to an endpoint without a frontend.
 
 use sluice_common::Reason;
 use sluice_common::abi::{Device, Tuple, device_flags, frontend};
@@ -19,21 +19,21 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// The world in which something is so of the pod's device.
+/// Returns a world with a change of the pod's device.
 fn with(cast: &Cast, change: impl FnOnce(&mut Device)) -> World {
     let mut world = cast.world();
     change(world.devices.entry(EDGE).or_default());
     world
 }
 
-/// What the pod's socket receives that speaks to the backend from the port of a try; 0: the
-/// client's own.
+/// Returns the tuple that the pod's socket receives on if it speaks to the backend from the port of
+/// an attempt, or from the client's own port if that is 0.
 fn socket(cast: &Cast, attempt: u32) -> Tuple<std::net::IpAddr> {
     let at = if attempt == 0 { cast.client } else { tried(cast, cast.frontend, attempt) };
     tuple(cast.backend, at, cast.protocol)
 }
 
-/// A pod's sockets keep their ports from its flows.
+/// A pod's flows do not take the ports of its own sockets.
 fn ports(table: &mut Table, cast: &Cast) {
     let changes = u32::from(cast.protocol != UDP);
     let known = with(cast, |edge| edge.netns = OWN_NETNS + 1);
@@ -63,7 +63,7 @@ fn ports(table: &mut Table, cast: &Cast) {
                 .embryonic([own.seen_as(seen_as).both()]),
         );
     }
-    // In the middle of a connection the port is the one that it was opened with.
+    // In the middle of a connection the port is the one that the connection was opened with.
     if cast.protocol == TCP {
         let opened = cast.connection().seen_as(tried(cast, cast.frontend, 1));
         let data = cast.next(cast.client, cast.frontend).at(mac(EDGE));
@@ -79,7 +79,7 @@ fn ports(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Elsewhere the namespace says nothing.
+/// At other devices the namespace does not count.
 fn ports_outside(table: &mut Table, cast: &Cast) {
     let known = with(cast, |edge| edge.netns = OWN_NETNS + 1);
     let holding = |attempts: &[u32]| {
@@ -87,7 +87,7 @@ fn ports_outside(table: &mut Table, cast: &Cast) {
         world.held.extend(attempts.iter().map(|attempt| socket(cast, *attempt)));
         world
     };
-    // Elsewhere the namespace says nothing.
+    // At other devices the namespace does not count.
     let mut world = holding(&[0]);
     world.devices.entry(UPLINK).or_default().netns = OWN_NETNS + 1;
     let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
@@ -102,7 +102,7 @@ fn ports_outside(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// A client that is no pod of this node, whose direct connections the endpoint alone knows.
+/// A client that is no pod of this node, whose direct connections only the endpoint knows.
 fn endpoint(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let (cast, world) = LOCAL.set(cast);
@@ -117,11 +117,11 @@ fn endpoint(table: &mut Table, cast: &Cast) {
         ("does not know", &knows, 0, 0),
     ] {
         let mut world = world.clone();
-        // Another end of the same tuple is nobody's here.
+        // The other end of the same tuple is nobody's here.
         world.held.extend([tuple(cast.backend, cast.client, cast.protocol)]);
         world.held.extend((0..held).map(|attempt| socket(&cast, attempt).reversed()));
         let own = LOCAL.kept(&cast);
-        // A server may have connected its UDP socket to the client: it is the flow's own.
+        // A server may have connected its UDP socket to the client, so that it is the flow's own.
         let attempt = if cast.protocol == TCP { attempt } else { 0 };
         let seen_as = if attempt == 0 { own.seen_as } else { tried(&cast, cast.frontend, attempt) };
         let opened = own.seen_as(seen_as);
@@ -136,7 +136,7 @@ fn endpoint(table: &mut Table, cast: &Cast) {
                 .embryonic([opened.both()]),
         );
         let case = case(format!("{name} by XDP")).world(&world).xdp(UPLINK).sends(&first);
-        // XDP leaves to tc what takes another port.
+        // XDP leaves to tc a packet that gets another port.
         table.add(if attempt == 0 {
             case.becomes(&first.clone().to(cast.backend)).opens(ONE).embryonic([own.both()])
         } else {

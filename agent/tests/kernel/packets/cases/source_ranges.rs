@@ -23,7 +23,7 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// A load balancer's address whose service port allows these prefixes.
+/// Returns a world with a load balancer's address whose service port allows these prefixes.
 fn world(cast: &Cast, allowed: &[(IpAddr, u8)]) -> World {
     let mut world = cast.world().kind(ONE, frontend::LOAD_BALANCER);
     world.port(ONE).flags = policy::SOURCE_RANGES;
@@ -31,7 +31,7 @@ fn world(cast: &Cast, allowed: &[(IpAddr, u8)]) -> World {
     world
 }
 
-/// One packet at the uplink by tc, by XDP, and one of a pod; served or dropped.
+/// Adds a packet at the uplink for tc, one for XDP, and one of a pod; each is served or dropped.
 fn judged(table: &mut Table, cast: &Cast, what: &str, world: &World, served: bool) {
     for (program, ifindex) in
         [(Program::Ingress, UPLINK), (Program::Xdp, UPLINK), (Program::Ingress, EDGE)]
@@ -105,7 +105,7 @@ fn prefixes(table: &mut Table, cast: &Cast) {
     judged(table, cast, "source ranges that do not count", &off, true);
 }
 
-/// What comes first.
+/// The order of the verdicts.
 fn verdicts(table: &mut Table, cast: &Cast) {
     let elsewhere = [cast.prefix(NET_REMOTE)];
     for (what, range) in
@@ -128,7 +128,7 @@ fn verdicts(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// This host is a client like others.
+/// This host is a client like any other.
 fn host(table: &mut Table, cast: &Cast) {
     let client = SocketAddr::new(cast.node, 40_001);
     let first = cast.first(client, cast.frontend);

@@ -1,4 +1,4 @@
-//! What is left to netfilter while a takeover or release is under way.
+//! Packets that are left to netfilter during a takeover or a release.
 
 use std::net::SocketAddr;
 
@@ -14,7 +14,7 @@ use crate::packets::world::{
     Cast, Connection, EDGE, EMPTY, NET_CLIENTS, ONE, UPLINK, World, address, mac, tuple,
 };
 
-/// Where packets come in.
+/// The hooks and devices by which packets come in.
 const PLACES: [(&str, Program, u32); 3] = [
     ("edge", Program::Ingress, EDGE),
     ("uplink", Program::Ingress, UPLINK),
@@ -40,7 +40,7 @@ pub(super) fn add(table: &mut Table) {
     strays(table);
 }
 
-/// In a phase, with netfilter's packets.
+/// Returns a world in a phase, with netfilter's packets.
 pub(super) fn at(
     mut world: World,
     now: u32,
@@ -53,7 +53,7 @@ pub(super) fn at(
     world
 }
 
-/// Is left alone; XDP leaves the counting to tc.
+/// Expects the packet to be left alone; XDP leaves the counting to tc.
 fn left(
     name: String,
     world: &World,
@@ -66,7 +66,7 @@ fn left(
     if place.0 == Program::Xdp { case } else { case.reason(why, port) }
 }
 
-/// While netfilter serves, what opens is left to it.
+/// While netfilter serves, packets that open a connection are left to it.
 fn passive(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let Cast { client, frontend, empty, .. } = *cast;
@@ -116,11 +116,11 @@ fn passive_undefined_port(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// While netfilter serves, flows of ours go on.
+/// While netfilter serves, Sluice's own flows go on.
 fn passive_known(table: &mut Table, cast: &Cast) {
     let Cast { client, frontend, backend, .. } = *cast;
     let world = at(cast.world(), phase::PASSIVE, &[]);
-    // What is ours goes on.
+    // Sluice's own flows go on.
     let connection = cast.connection().state(state::ESTABLISHED);
     let mine = world.clone().flows(connection.both());
     let next = cast.next(client, frontend);
@@ -184,7 +184,7 @@ fn import(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Netfilter's connections, once everything else is ours.
+/// Netfilter's connections after everything else has become Sluice's.
 fn imports(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let Cast { client, frontend, backend, protocol, .. } = *cast;
@@ -228,7 +228,7 @@ fn imports(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Connections beside those of netfilter.
+/// Connections next to those of netfilter.
 fn imports_of_others(table: &mut Table, cast: &Cast) {
     let Cast { client, frontend, backend, protocol, .. } = *cast;
     let (first, _) = (cast.first(client, frontend), cast.next(client, frontend));
@@ -257,11 +257,11 @@ fn imports_of_others(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// The answer to a client that netfilter shows as the node, at a node port's number.
+/// The answer to a client that the endpoint sees as the node, at the number of a node port.
 fn imports_at_node_port(table: &mut Table, cast: &Cast) {
     let Cast { backend, protocol, .. } = *cast;
-    // The answer to a client that netfilter shows as the node, to a port that is a node port's
-    // number as well.
+    // The answer to a client that the endpoint sees as the node, at a port that is also the number
+    // of a node port.
     let mut world = cast.world();
     let node = SocketAddr::new(cast.node_on(UPLINK), 30_080);
     world.serve_node_ports(node.ip());
@@ -274,8 +274,8 @@ fn imports_at_node_port(table: &mut Table, cast: &Cast) {
     let _ = world.listing.remove(&unspecified(cast));
     let _ = world.node_ports.insert(node.port());
     let world = at(world, phase::SERVE, &[(backend, node, protocol, 0)]);
-    // What opens might be a client's, and is asked about; at an address of the node nothing else is
-    // taken for one's.
+    // A packet that opens a connection might be a client's, and is looked up. At an address of the
+    // node no other packet counts as a client's.
     for (what, reply) in
         [("opens", cast.first(backend, node)), ("goes on", cast.next(backend, node))]
     {
@@ -297,11 +297,11 @@ fn unspecified(cast: &Cast) -> std::net::IpAddr {
     }
 }
 
-/// Source ports that netfilter's connections have towards the backend.
+/// Source ports of netfilter's connections to the backend.
 fn ports(table: &mut Table, cast: &Cast) {
     if cast.protocol == SCTP {
-        // Where a port would change the first chunk's checksum has to be known whole: sctp's own
-        // cases.
+        // Where a port would change, the first chunk's checksum has to be known in full: SCTP has
+        // cases of its own.
         return;
     }
     let title = cast.title();
@@ -321,8 +321,8 @@ fn ports(table: &mut Table, cast: &Cast) {
     table.add(leaves(name, &cast, &elsewhere, REMOTE, &own));
 }
 
-/// A client's reset of what it does not know, which tells that a reply's entry is lost: where it is
-/// proven.
+/// A client's reset about an unknown connection, which shows that a reply's entry is lost, where
+/// that is proven.
 fn resets(table: &mut Table, cast: &Cast) {
     let reset = Frame::tcp(cast.client, cast.backend, RST, &[]);
     let connection = cast.connection().state(state::ESTABLISHED);
@@ -375,7 +375,7 @@ fn resets(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Addresses that no Service has are somebody else's to drop until everything is ours.
+/// Addresses that no Service has are for others to drop until everything is Sluice's.
 fn strays(table: &mut Table) {
     for cast in Cast::of(TCP) {
         let to = SocketAddr::new(address(cast.version, 97, 9), 80);

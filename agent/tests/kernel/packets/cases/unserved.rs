@@ -42,7 +42,7 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// The frontend's address is known to be a ClusterIP.
+/// Returns a world in which the frontend's address is known to be a ClusterIP.
 fn with_address(cast: &Cast) -> World {
     let mut world = cast.world();
     let key = ServiceKey { address: cast.frontend.ip(), port: 0, protocol: 0, reserved: 0 };
@@ -50,7 +50,7 @@ fn with_address(cast: &Cast) -> World {
     world
 }
 
-/// A port that the frontend's service does not define.
+/// Returns a port that the frontend's Service does not define.
 fn closed(cast: &Cast) -> SocketAddr {
     SocketAddr::new(cast.frontend.ip(), cast.frontend.port() + 1)
 }
@@ -93,7 +93,7 @@ fn undefined(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// The same to this host, and a port of the other protocol.
+/// The same for this host, and for a port of another protocol.
 fn undefined_elsewhere(table: &mut Table, cast: &Cast) {
     let world = with_address(cast);
     let own = cast.first(SocketAddr::new(cast.node, 40_001), closed(cast));
@@ -121,7 +121,7 @@ fn undefined_elsewhere(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// What is not rejected.
+/// Packets that are not rejected.
 fn defined(table: &mut Table, cast: &Cast) {
     let world = with_address(cast);
     let first = cast.first(cast.client, cast.frontend);
@@ -252,7 +252,7 @@ fn unassigned(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Such packets where they are not dropped: at other hooks, or without known networks.
+/// The same packets where they are not dropped: at other hooks, or without known networks.
 fn unassigned_elsewhere(table: &mut Table, cast: &Cast) {
     let bit =
         if cast.version == Version::V4 { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
@@ -328,7 +328,7 @@ fn unassigned_strangers(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// An address that is listed is looked up first, and dropped all the same.
+/// A listed address is looked up first, and dropped all the same.
 fn unassigned_listed(table: &mut Table, cast: &Cast) {
     let bit =
         if cast.version == Version::V4 { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
@@ -337,7 +337,7 @@ fn unassigned_listed(table: &mut Table, cast: &Cast) {
     world.service_nets = vec![cast.prefix(91), cast.prefix(NET_FRONTENDS)];
     let none = SocketAddr::new(address(cast.version, NET_FRONTENDS, 99), cast.frontend.port());
     let first = cast.first(cast.client, none);
-    // What is listed is looked up first, and dropped all the same when nothing is found.
+    // A listed address is looked up first, and dropped all the same if nothing is found.
     let mut listed = world.clone();
     let _ = listed.listing.insert(none.ip(), listing::FRONTEND);
     let reply = cast.next(cast.backend, none);

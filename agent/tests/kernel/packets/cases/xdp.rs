@@ -1,4 +1,4 @@
-//! What XDP takes, and what it leaves to tc unmodified.
+//! The frames that XDP handles, and those that it leaves to tc unmodified.
 
 use std::net::SocketAddr;
 
@@ -95,7 +95,7 @@ fn left(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Frames for others, and of devices that are not known.
+/// Frames for others, and frames of unknown devices.
 fn left_frames(table: &mut Table, cast: &Cast) {
     let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
     let mut leave = |what: &str, world: &World, ifindex, frame: &Frame| {

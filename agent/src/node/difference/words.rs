@@ -16,6 +16,7 @@ use sluice_core::model::object::Protocol;
 
 use super::{Change, Difference};
 use crate::node::devices::Role;
+use crate::node::view::PortName;
 
 /// The most backends that the words of a range name.
 const NAMED_MAX: usize = 4;
@@ -211,16 +212,9 @@ impl<'a> Rows<'a> {
     }
 }
 
-fn text(bytes: &[u8]) -> String {
-    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
-    String::from_utf8_lossy(bytes.get(..end).unwrap_or_default()).into_owned()
-}
-
 /// Returns `namespace/name:port`, with the port's name or its number.
 fn name_words(name: &Name) -> String {
-    let port = text(&name.port);
-    let port = if port.is_empty() { name.number.to_string() } else { port };
-    format!("{}/{}:{port}", text(&name.namespace), text(&name.service))
+    PortName::from(name).to_string()
 }
 
 fn protocol_word(number: u8) -> String {
