@@ -1,4 +1,4 @@
-//! Counts the flows that their endpoint does not answer, and finds the Services that nobody reaches.
+//! Counts flows that their endpoint does not answer, and finds Services that nobody reaches.
 //!
 //! No packet shows that nothing came, so the agent looks at the flows that are waiting for an
 //! answer. Packets pay nothing for that.
@@ -65,7 +65,7 @@ pub(crate) type FailingServices = BTreeMap<PortName, Failing>;
 struct Watches {
     failures: BTreeMap<u32, Failures>,
     /// By service port.
-    watches: BTreeMap<u32, Watch>,
+    ports: BTreeMap<u32, Watch>,
     /// Whether the failures were read before.
     has_begun: bool,
 }
@@ -77,16 +77,16 @@ impl Watches {
         let new = failures.iter().filter(|(backend, failures)| {
             failures.since(&self.failures.get(backend).copied().unwrap_or_default()).all() > 0
         });
-        let mut ports: BTreeMap<u32, u32> = new
+        let mut wanted: BTreeMap<u32, u32> = new
             .filter(|_| self.has_begun)
             .filter_map(|(backend, _)| Some((maps.backend_at(*backend)?.0, backend & COUNTER_V6)))
             .collect();
         self.has_begun = true;
-        for (port, watch) in &self.watches {
+        for (port, watch) in &self.ports {
             let family = watch.backends().first().map_or(0, |backend| backend & COUNTER_V6);
-            let _ = ports.entry(*port).or_insert(family);
+            let _ = wanted.entry(*port).or_insert(family);
         }
-        for (port, family) in ports {
+        for (port, family) in wanted {
             let backends = maps.selected(port).into_iter().map(|id| id | family);
             let attempts = maps.attempts(backends)?;
             let counted = attempts.into_iter().map(|(backend, attempts)| {
@@ -95,17 +95,17 @@ impl Watches {
             });
             let counted: BTreeMap<u32, Counted> = counted.collect();
             let endpoint = |backend| Some(maps.backend_at(backend)?.1);
-            match self.watches.get_mut(&port) {
+            match self.ports.get_mut(&port) {
                 Some(watch) => watch.add(now, counted, endpoint),
                 None => {
-                    let _ = self.watches.insert(port, Watch::new(now, counted));
+                    let _ = self.ports.insert(port, Watch::new(now, counted));
                 }
             }
         }
         self.failures = failures;
-        self.watches.retain(|_, watch| !watch.is_over(now) && !watch.backends().is_empty());
+        self.ports.retain(|_, watch| !watch.is_over(now) && !watch.backends().is_empty());
         let mut services = FailingServices::new();
-        for (port, watch) in &self.watches {
+        for (port, watch) in &self.ports {
             if let (Some(failing), Some(name)) = (&watch.failing, maps.service_port_name(*port)?) {
                 // A Service of both families is told of once.
                 let _ = services.entry(PortName::from(&name)).or_insert(failing.clone());

@@ -31,7 +31,7 @@ impl Maps {
     pub(crate) fn selected(&self, service_port: u32) -> BTreeSet<u32> {
         let ranges = self.ports.get(service_port).map(|port| port.ranges).unwrap_or_default();
         let slots = ranges.map(Range).into_iter().flat_map(|range| {
-            (range.start()..range.start().saturating_add(u32::from(range.size())))
+            (range.start()..range.start().saturating_add(range.size()))
                 .map(|slot| (slot / SLOTS_PER_BLOCK, slot % SLOTS_PER_BLOCK))
         });
         let id = |(block, place): (u32, u32)| {
