@@ -207,7 +207,14 @@ fn start(
     );
     let node = &options.node;
     Ok(Agent {
-        side_tasks: SideTasks::start(monitor, options.monitor, liveness, node, event_writer),
+        side_tasks: SideTasks::start(
+            monitor,
+            options.monitor,
+            liveness,
+            node,
+            event_writer,
+            pins.maps(),
+        ),
         maps: pins.maps(),
         programmed: Some(programmed),
         reload: options.reload,

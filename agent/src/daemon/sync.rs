@@ -18,6 +18,7 @@ use tokio::time::Instant;
 
 use crate::daemon::audit::{self, Found};
 use crate::daemon::endpoint_log::{EndpointLog, Endpoints};
+use crate::daemon::failures::FailingServices;
 use crate::daemon::health::Failures;
 use crate::daemon::kubernetes_events::{self, ObjectEvents};
 use crate::daemon::monitor::metrics::Metrics;
@@ -374,9 +375,15 @@ impl MapSync {
         refused.map(|report| &report.subject).collect::<BTreeSet<_>>().len()
     }
 
-    /// Returns the Kubernetes Events to write, including those about failed health checks.
-    pub(super) fn object_events(&self, node: &str, failures: &Failures) -> ObjectEvents {
-        kubernetes_events::gather(node, self.model.reports().iter(), failures)
+    /// Returns the Kubernetes Events to write, including those about failed health checks and about
+    /// Services that nobody reaches.
+    pub(super) fn object_events(
+        &self,
+        node: &str,
+        failures: &Failures,
+        failing: &FailingServices,
+    ) -> ObjectEvents {
+        kubernetes_events::gather(node, self.model.reports().iter(), failures, failing)
     }
 
     /// Logs the Services whose endpoints have changed since the last call.

@@ -227,12 +227,15 @@ pub struct PolicyStatus {
     pub strays: Vec<IpAddr>,
 }
 
+/// The word for a Service of which every recent attempt has failed. That is no flaw of an object.
+pub const ENDPOINTS_FAIL: &str = "endpoints_fail";
+
 /// Something wrong with an object.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct ReportStatus {
     /// `problem` or `notice`.
     pub level: String,
-    /// The problem, as a word.
+    /// The problem, as a word: a flaw's, or `endpoints_fail`.
     pub flaw: String,
     /// The object.
     pub subject: String,

@@ -16,6 +16,7 @@ mod devices;
 mod diff;
 mod explain;
 mod external;
+mod failures;
 mod faults;
 mod floods;
 mod flows;

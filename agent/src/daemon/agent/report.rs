@@ -48,6 +48,7 @@ impl Agent {
         status.devices = attachments.devices;
         status.socket_path = attachments.sockets;
         status.reports = self.sync.reports();
+        status.reports.extend(self.side_tasks.failing_services());
         status.last_sync = self.sync.last();
         status.failing = self.sync.failing();
         status.drift = self.drift.status();

@@ -276,6 +276,8 @@ pub(super) fn bytes(number: u64) -> String {
 /// Formats how many of all attempts failed: `0`, or `3 of 5`.
 #[must_use]
 pub(super) fn failures(failed: u64, attempts: u64) -> Text {
+    // A flow that failed in two ways was tried once.
+    let attempts = attempts.max(failed);
     if failed == 0 {
         "0".into()
     } else {
