@@ -527,8 +527,9 @@ impl Plan {
                 let _ = self.holders.insert((*address, name.clone()));
                 let _ = held.insert(*address);
             } else {
-                let what =
-                    format!("no frontend is free: {address} does not reject what no port is for");
+                let what = format!(
+                    "no frontend is free: {address} does not reject packets to undefined ports"
+                );
                 notes.push(Note::new(Flaw::NoRoom, "spec.clusterIPs", what));
             }
         }

@@ -37,6 +37,7 @@ mod random;
 mod restart;
 mod routes;
 mod rules;
+mod screens;
 mod sockets;
 mod stack;
 mod stack_errors;
