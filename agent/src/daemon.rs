@@ -4,6 +4,7 @@
 pub mod agent;
 pub mod attacher;
 pub(crate) mod audit;
+mod endpoint_log;
 mod failures;
 pub mod health;
 mod http;

@@ -425,7 +425,8 @@ impl Model {
             notes.add(&Subject::object("Service", name), Flaw::DuplicateObject, || {
                 (
                     String::new(),
-                    "manifests and the API server both have it: the manifest counts".into(),
+                    "manifests and the API server both have it: the manifest takes precedence"
+                        .into(),
                 )
             });
         }
@@ -486,7 +487,7 @@ impl Model {
         {
             notes.add(&subject, Flaw::HealthCheckShadowed, || {
                 let what = format!(
-                    "{port} is a node port of Service {owner}: load balancers that ask there are not answered"
+                    "{port} is a node port of Service {owner}: health checks of load balancers there are not answered"
                 );
                 ("spec.healthCheckNodePort".into(), what)
             });
@@ -496,7 +497,7 @@ impl Model {
                 for other in self.health_ports.services(*number) {
                     notes.add(&subject, Flaw::ShadowsHealthCheck, || {
                         let what = format!(
-                            "node port {number} is the healthCheckNodePort of Service {other}: its load balancer is not answered there"
+                            "node port {number} is the healthCheckNodePort of Service {other}: health checks of its load balancer are not answered there"
                         );
                         (key.field(), what)
                     });
@@ -529,14 +530,17 @@ impl Model {
                 match self.claims.winner(&frontend) {
                     Some(winner) if winner != name => {
                         notes.add(&subject, Flaw::ClaimLost, || {
-                            (what(), format!("Service {winner} has it, being older or else first by name: not served here"))
+                            (what(), format!("Service {winner} has it, because it is older or, at the same age, first by name: not served here"))
                         });
                         let _ = port.frontends.remove(&(address, number));
                     }
                     _ => {
                         for loser in self.claims.losers(&frontend) {
                             notes.add(&subject, Flaw::ClaimContested, || {
-                                (what(), format!("Service {loser} claims it too, in vain"))
+                                (
+                                    what(),
+                                    format!("Service {loser} claims it too and does not get it"),
+                                )
                             });
                         }
                     }

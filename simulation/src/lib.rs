@@ -2,8 +2,8 @@
 //!
 //! All decisions are made by Sluice's own code: the path and engine of `sluice_common` decide about
 //! each packet at each hook, and the agent's model, plan and image fill the maps, one write at a
-//! time. The rest is simulated, with time and chance derived from a seed: hosts that speak TCP, SCTP
-//! and UDP, bridges, a network that loses, duplicates and delays packets, forgers and floods.
+//! time. The rest is simulated, with time and chance derived from a seed: hosts that speak TCP,
+//! SCTP and UDP, bridges, a network that loses, duplicates and delays packets, forgers and floods.
 //!
 //! ```text
 //! seed -> Scenario -> World: a queue of events -> Violation, or none

@@ -101,6 +101,11 @@ impl SideTasks {
         let _ = publish(sender, Arc::new(now));
     }
 
+    /// Passes on what the node waits for until it is ready, for `/readyz`.
+    pub(super) fn set_waiting_for(&self, waiting_for: &[String]) {
+        self.liveness.set_waiting_for(waiting_for);
+    }
+
     /// Passes the loop's state on to the tasks.
     pub(super) fn follow(
         &self,

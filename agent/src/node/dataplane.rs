@@ -26,6 +26,7 @@ pub(crate) mod trial;
 mod unanswered;
 
 pub(crate) use attempts::Attempts;
+pub use audit::Digests;
 pub use cleanup::cleanup;
 pub use datagrams::{DatagramKey, Datagrams};
 pub use error::Error;

@@ -184,7 +184,7 @@ pub(crate) fn open(pin_path: &Path) -> anyhow::Result<Kernel> {
         Ok(false) => return Err(Error::NothingPinned { path: pin_path.to_owned() }.into()),
         Err(error) => {
             return Err(error)
-                .with_context(|| format!("cannot look into {}; run as root", folder.display()));
+                .with_context(|| format!("cannot open {}; run as root", folder.display()));
         }
     }
     Ok(Kernel::new(Maps::open(&folder, Access::Read)?))

@@ -1,4 +1,5 @@
-//! `deploy/`: the kustomize overlays and the chart say the same, and a real API server takes it.
+//! `deploy/`: the kustomize overlays and the chart render the same objects, and a real API server
+//! accepts them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,7 @@ use serde_json::{Value, json};
 /// The account in the manifests.
 const ACCOUNT: &str = "system:serviceaccount:kube-system:sluice";
 
-/// kubectl and helm; [`None`], with the reason printed, where they are not.
+/// kubectl and helm.
 struct Tools {
     kubectl: PathBuf,
     helm: PathBuf,
@@ -87,7 +88,7 @@ fn objects(text: &str) -> BTreeMap<String, Value> {
     found
 }
 
-/// Puts lists in order whose elements have a key of their own: mounts have a path, others a name.
+/// Sorts lists whose elements have a key of their own: mounts have a path, others a name.
 fn in_order(value: &mut Value) {
     match value {
         Value::Array(elements) => {
@@ -106,7 +107,7 @@ fn in_order(value: &mut Value) {
     }
 }
 
-/// Labels that name a release of Helm, which kustomize's objects are not part of.
+/// Labels that name a release of Helm, which kustomize's objects do not belong to.
 const RELEASE_LABELS: [&str; 4] = [
     "app.kubernetes.io/instance",
     "app.kubernetes.io/version",
@@ -114,7 +115,7 @@ const RELEASE_LABELS: [&str; 4] = [
     "helm.sh/chart",
 ];
 
-/// Removes them from an object and its pods' template, and returns how many the object had.
+/// Removes these labels from an object and its pods' template. Returns how many the object had.
 fn without_release_labels(object: &mut Value) -> usize {
     let mut removed = 0;
     for (place, count) in [("/metadata/labels", true), ("/spec/template/metadata/labels", false)] {
@@ -180,7 +181,7 @@ fn nothing_but_the_privileged_overlay_asks_for_privileges_in_the_least_one() {
         for container in pod[kind].as_array().expect("containers") {
             assert_eq!(container["securityContext"], least, "{}", container["name"]);
             let mounts = container["volumeMounts"].as_array().expect("mounts");
-            // Kubernetes allows them to nothing less than privileged containers.
+            // Kubernetes allows them to privileged containers alone.
             assert!(
                 mounts.iter().all(|mount| mount["mountPropagation"] != "Bidirectional"),
                 "{mounts:?}"
@@ -191,7 +192,7 @@ fn nothing_but_the_privileged_overlay_asks_for_privileges_in_the_least_one() {
 }
 
 #[test]
-fn a_real_api_server_takes_every_object_and_the_account_may_do_what_it_must_alone() {
+fn a_real_api_server_accepts_every_object_and_the_account_may_do_only_what_it_must() {
     let (Some(tools), Some(cluster)) = (tools(), cluster()) else { return };
     let kubeconfig = cluster.plane.kubeconfig(ADMIN);
     let folder = tempfile::tempdir().expect("a folder");
@@ -224,7 +225,7 @@ fn a_real_api_server_takes_every_object_and_the_account_may_do_what_it_must_alon
             apply(&text, &["--dry-run=server"]).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!(said.lines().count(), objects(&text).len(), "{name}: {said}");
     }
-    // The server has read them, and not only looked at their kinds.
+    // The server has read them in full, and not only checked their kinds.
     let base = tools.kustomize(&deploy().join("overlays/privileged"));
     let wrong =
         apply(&base.replace("hostNetwork: true", "hostNetworks: true"), &["--dry-run=server"]);
@@ -256,7 +257,7 @@ fn a_real_api_server_takes_every_object_and_the_account_may_do_what_it_must_alon
     for kind in ["services/status", "nodes/proxy", "pods/exec", "serviceaccounts/token"] {
         assert!(!may("create", kind) && !may("update", kind), "{kind}");
     }
-    // Nothing else by a rule that was not thought of here.
+    // Nothing else is allowed, by a rule that the test does not know.
     let role = objects(&base).remove(r#""ClusterRole" "sluice""#).expect("a role");
     let mut granted = Vec::new();
     for rule in role["rules"].as_array().expect("rules") {
@@ -548,7 +549,7 @@ fn every_value_becomes_a_flag_that_the_agent_takes() {
         mounts.iter().any(|mount| mount["name"] == "config" && mount["mountPath"] == "/etc/sluice")
     );
 
-    // The agent reads all of it, and gets as far as a folder that is not there.
+    // The agent reads all of it, and gets as far as a folder that does not exist.
     let file = folder.path().join("config.yaml");
     std::fs::write(&file, config).expect("written");
     words[1] = format!("--config={}", file.display());

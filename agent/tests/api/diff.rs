@@ -17,7 +17,7 @@ fn diff(node: &Node, args: &[&str]) -> (Option<i32>, Value, String) {
 }
 
 #[test]
-fn what_the_server_says_is_in_the_maps_and_the_difference_is_repaired() {
+fn the_servers_objects_are_in_the_maps_and_a_difference_is_repaired() {
     let Some(cluster) = cluster() else { return };
     let space = Space::new(&cluster, "diff");
     let node = cluster.node("diff");
@@ -25,7 +25,7 @@ fn what_the_server_says_is_in_the_maps_and_the_difference_is_repaired() {
     space.slice("web-a", "web", 8080, &["10.244.99.1"]);
     let mut agent = cluster.agent(&node);
     expect(&node, "diff", &[("10.96.6.1:80", &["10.244.99.1:8080"])]);
-    // With the agent's own flags: its kubeconfig, its name.
+    // The command uses the agent's own flags: its kubeconfig and its name.
     wait_for("the maps to be in step", Duration::from_secs(10), || match diff(&node, &[]) {
         (Some(0), _, _) => Ok(()),
         other => Err(format!("{other:?}")),

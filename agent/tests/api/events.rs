@@ -11,9 +11,9 @@ use crate::support::{Cluster, START, cluster, wait_for};
 use serde_json::{Value, json};
 use sluice_lab::Serve;
 
-/// A flaw has to last for two seconds, and the nodes' tries are spread over eight more.
+/// A flaw has to last for two seconds, and the nodes' attempts are spread over another eight.
 const TOLD: Duration = Duration::from_secs(20);
-/// Longer than any node waits with what it has to tell.
+/// Longer than any node waits with its report.
 const QUIET: Duration = Duration::from_secs(12);
 
 /// Returns the Events of a namespace that we have written.
@@ -24,7 +24,7 @@ fn events(cluster: &Cluster, namespace: &str) -> Result<Vec<Value>, String> {
     Ok(items.into_iter().filter(|event| event["reportingController"] == "sluice").collect())
 }
 
-/// Waits for exactly so many Events.
+/// Waits for exactly this many Events.
 #[track_caller]
 fn expect_events(cluster: &Cluster, namespace: &str, count: usize) -> Vec<Value> {
     wait_for(&format!("{count} Events"), TOLD, || {
@@ -33,7 +33,7 @@ fn expect_events(cluster: &Cluster, namespace: &str, count: usize) -> Vec<Value>
     })
 }
 
-/// Waits until no agent finds anything wrong in a namespace.
+/// Waits until no agent reports a problem in a namespace.
 #[track_caller]
 fn expect_all_well(nodes: &[&sluice_lab::Node], namespace: &str) {
     for node in nodes {
@@ -51,17 +51,18 @@ fn expect_all_well(nodes: &[&sluice_lab::Node], namespace: &str) {
 }
 
 #[test]
-fn what_is_wrong_is_told_once_by_all_nodes_together_until_it_is_mended() {
+fn a_problem_is_reported_once_by_all_nodes_together_until_it_is_fixed() {
     let Some(cluster) = cluster() else { return };
     let space = Space::new(&cluster, "told");
     let nodes = [cluster.node("told-a"), cluster.node("told-b")];
     let _agents = nodes.each_ref().map(|node| cluster.agent(node));
 
-    // Two claim one address; they may be of the same second, so that the name decides.
+    // Two Services claim one address. They may have been created in the same second, so that the
+    // name decides.
     let claiming = |vip: &str| json!({"clusterIP": vip, "externalIPs": ["203.0.113.20"], "ports": [{"port": 80}]});
     space.service("a-first", &claiming("10.96.20.1"));
     space.service("b-second", &claiming("10.96.20.2"));
-    // A slice that leads its Service to itself.
+    // A slice that leads its Service to the Service itself.
     space.bare_service("loop", "10.96.20.3");
     space.slice("loop-1", "loop", 80, &["10.96.20.3"]);
 
@@ -86,12 +87,12 @@ fn what_is_wrong_is_told_once_by_all_nodes_together_until_it_is_mended() {
     assert_eq!(looped["regarding"]["kind"], "EndpointSlice", "{looped}");
     assert_eq!(looped["regarding"]["name"], "loop-1", "{looped}");
 
-    // Neither the other node nor time adds anything.
+    // Neither the other node nor time adds an Event.
     std::thread::sleep(QUIET);
     let later = events(&cluster, "told").expect("Events");
     assert_eq!(later, told, "one Event for what is wrong, whoever sees it");
 
-    // Mended: what is deleted does not come back.
+    // The problem is fixed: deleted Events do not come back.
     space.edit("services", "b-second", &json!({"spec": {"externalIPs": null}}));
     let endpoints = json!({"endpoints": [{"addresses": ["10.244.99.1"]}]});
     space.edit("endpointslices", "loop-1", &endpoints);
@@ -101,7 +102,7 @@ fn what_is_wrong_is_told_once_by_all_nodes_together_until_it_is_mended() {
     std::thread::sleep(QUIET);
     assert_eq!(events(&cluster, "told"), Ok(Vec::new()));
 
-    // Something else is wrong then: it is told as well.
+    // Then there is another problem, which is reported as well.
     space.service(
         "c-third",
         &json!({"clusterIP": "10.96.20.4", "externalIPs": ["203.0.113.20"], "ports": [{"port": 80}]}),
@@ -111,7 +112,7 @@ fn what_is_wrong_is_told_once_by_all_nodes_together_until_it_is_mended() {
 }
 
 #[test]
-fn a_policy_that_leaves_no_endpoint_is_worth_knowing() {
+fn a_policy_that_leaves_no_endpoint_is_reported() {
     let Some(cluster) = cluster() else { return };
     let space = Space::new(&cluster, "policy");
     let node = cluster.node("policy");
@@ -136,7 +137,7 @@ fn a_policy_that_leaves_no_endpoint_is_worth_knowing() {
 }
 
 #[test]
-fn a_health_check_that_cannot_be_answered_is_told_by_its_node_as_kube_proxy_does() {
+fn a_health_check_that_cannot_be_answered_is_reported_by_its_node_as_by_kube_proxy() {
     let Some(cluster) = cluster() else { return };
     let space = Space::new(&cluster, "health");
     let node = cluster.node("health");
@@ -184,7 +185,7 @@ fn an_agent_that_may_not_write_events_does_all_else() {
     assert!(matches!(&*lines, [line] if line.contains("forbidden")), "one for all: {lines:#?}");
     space.slice("good", "loop", 8080, &["10.244.99.1"]);
     expect(&node, "silent", &[("10.96.22.1:80", &["10.244.99.1:8080"])]);
-    // The agents of the other tests see the same, and may tell of it.
+    // The agents of the other tests see the same problem, and may report it.
     let written = events(&cluster, "silent").expect("Events");
     assert!(written.iter().all(|event| event["reportingInstance"] != "silent"), "{written:?}");
     assert_eq!(status(&node).pointer("/ready"), Some(&json!(true)));

@@ -44,19 +44,19 @@ use sluice_lab::{Lab, Node, NodeOptions, PacketSocket, RpFilter, Running};
 
 /// The name of the node.
 const NAME: &str = "kp";
-/// Sets of objects.
+/// Number of sets of objects.
 const ROUNDS: u64 = 2;
-/// Questions of a round that are asked twice, and those that are asked often.
+/// Number of a round's packets that are sent twice, and of those that are sent often.
 const TWICE: usize = 400;
 const OFTEN: usize = 12;
 const TIMES: u16 = 60;
-/// Frames sent before the answers are read: a socket's buffer holds more.
+/// Number of frames that are sent before the answers are read: a socket's buffer holds more.
 const BURST: usize = 32;
 /// The silence after which no more packets are expected.
 const QUIET: Duration = Duration::from_millis(300);
 /// The time that kube-proxy may take for a set of objects.
 const SYNC: Duration = Duration::from_secs(30);
-/// The links between node and world: the node's device, what is routed to it.
+/// The links between node and world: the node's device, and the networks that are routed to it.
 const LINKS: [(&str, &[&str]); 3] = [
     ("kpods", &["10.244.1.128/25", "fd00:af4:100::a:80/121"]),
     (
@@ -85,15 +85,14 @@ const LINKS: [(&str, &[&str]); 3] = [
 enum Fate {
     Lost,
     Rejected,
-    /// Somebody who has this address and port gets it, and sees the client's address or another
-    /// one.
+    /// The owner of this address and port gets it, and sees the client's address or another one.
     Arrived {
         at: SocketAddr,
         kept: bool,
     },
 }
 
-/// The node with its three links, and what lies beyond them.
+/// The node with its three links, and the world behind them.
 struct Field {
     node: Node,
     sockets: Vec<PacketSocket>,
@@ -129,7 +128,7 @@ impl Field {
             let _ = world.ip(&format!("link set {device} arp off up"))?;
             macs.push(near);
         }
-        // Every reject is answered, however many there are.
+        // Every reject is answered, without a limit.
         node.sysctl("net/ipv4/icmp_ratelimit", "0")?;
         node.sysctl("net/ipv6/icmp/ratelimit", "0")?;
         node.sysctl("net/ipv4/icmp_msgs_per_sec", "1000000")?;
@@ -139,7 +138,7 @@ impl Field {
         Ok(Self { node, sockets, macs, next: 1 })
     }
 
-    /// Asks all questions, and tells what became of each.
+    /// Sends the packets of all questions, and returns the fate of each.
     fn ask(&mut self, questions: &[Question]) -> Result<Vec<Fate>> {
         let first = self.next;
         let mut fates = Fates {
@@ -185,7 +184,7 @@ impl Field {
             match socket.send(&mark.to_be_bytes()) {
                 // A rule has dropped it.
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(socket),
-                // It was refused already.
+                // It was refused immediately.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(socket),
                 sent => Ok(sent.map(|_| socket)?),
             }
@@ -217,7 +216,8 @@ struct Fates<'q> {
 }
 
 impl Fates<'_> {
-    /// A frame that came out of the node: a packet by its mark, or an answer to its client.
+    /// Records a frame that came out of the node: a packet, recognised by its mark, or an answer to
+    /// its client.
     fn note(&mut self, frame: &[u8]) {
         if let Some((protocol, client)) = frame::refused(frame) {
             if let Some(index) = self.clients.get(&(protocol, client)) {
@@ -234,7 +234,7 @@ impl Fates<'_> {
         else {
             return;
         };
-        // What the world sent itself is heard as well.
+        // The world's own frames are received as well.
         let is_own = frame.get(..5).is_some_and(|mac| mac == [2, 0, 0, 0, 1]);
         if question.protocol.number() == protocol && !is_own {
             self.found[index] =
@@ -258,7 +258,7 @@ fn start_kube_proxy(cluster: &Cluster, node: &Node, programs: &Path) -> Result<R
     node.spawn(programs.join("kube-proxy"), [format!("--config={}", file.display())])
 }
 
-/// Puts the objects of a scene into the API server; those that it refuses are told.
+/// Creates the objects of a scene in the API server, and prints those that it refuses.
 fn put(space: &Space, cluster: &Cluster, scene: &Scene) -> Result<usize> {
     let objects: Vec<Value> =
         serde_saphyr::from_multiple(&scene.text).context("the manifests are YAML")?;
@@ -293,8 +293,8 @@ fn put(space: &Space, cluster: &Cluster, scene: &Scene) -> Result<usize> {
     Ok(refused)
 }
 
-/// Makes of a Service one that the API server takes, and that claims no address of another one:
-/// which of two gets it is chance with kube-proxy.
+/// Changes a Service so that the API server accepts it, and that it claims no address of another
+/// one: which of two gets an address is chance with kube-proxy.
 fn adapt(service: &mut Value, taken: &mut BTreeSet<(String, String)>) {
     let text = |value: Option<&Value>| value.map(ToString::to_string).unwrap_or_default();
     let Some(spec) = service.get_mut("spec").and_then(Value::as_object_mut) else { return };
@@ -328,7 +328,7 @@ fn adapt(service: &mut Value, taken: &mut BTreeSet<(String, String)>) {
     }
 }
 
-/// Everything that both decide by, as manifests.
+/// Writes everything that both decide by as manifests.
 fn dump(cluster: &Cluster, file: &Path) -> Result<()> {
     let mut items = Vec::new();
     for (path, version, kind) in [
@@ -366,11 +366,11 @@ fn agree(question: &Question, answer: &Answer, fate: Fate, ground: &Ground, scen
     let to_own = |address: IpAddr| ground.own.contains(&address);
     match (answer.verdict, fate) {
         (Verdict::Drop, Fate::Lost) | (Verdict::Reject, Fate::Rejected) => true,
-        // Nobody listens on the node itself, which says so.
+        // Nobody listens on the node itself, which refuses.
         (Verdict::Pass, Fate::Rejected) => to_own(question.destination.ip()),
         (Verdict::Forward, Fate::Rejected) => {
-            // One that is a frontend of some Service as well is left out, which kube-proxy does
-            // not.
+            // An endpoint that is a frontend of some Service as well is left out, but not by
+            // kube-proxy.
             let is_left_out = |port| {
                 ground
                     .own
@@ -388,7 +388,7 @@ fn agree(question: &Question, answer: &Answer, fate: Fate, ground: &Ground, scen
                 .iter()
                 .any(|one| one.share > 0.0 && (one.address, one.port) == (at.ip(), at.port()));
             // A process of the host has the address of its route in any case. Whether others keep
-            // theirs depends on the endpoint too where that is the node or the client itself.
+            // theirs also depends on the endpoint if that is the node or the client itself.
             let client = question.source.ip();
             let ours = answer.backend.map(|backend| backend.address);
             let is_like =
@@ -407,7 +407,7 @@ struct Tally {
     wrong: Vec<String>,
 }
 
-/// One set of objects, and many questions about it.
+/// A set of objects, and many questions about it.
 struct Round<'a> {
     ground: &'a Ground,
     field: &'a mut Field,
@@ -435,7 +435,7 @@ impl Round<'_> {
         }
     }
 
-    /// The same from another port.
+    /// Returns the same question from another port.
     fn again(&mut self, question: &Question) -> Question {
         let mut question = question.clone();
         loop {
@@ -476,7 +476,7 @@ impl Round<'_> {
         Ok(())
     }
 
-    /// Asks so often that each candidate must be met.
+    /// Sends so many packets that each candidate must receive one.
     fn often(&mut self, dice: &mut Dice, tally: &mut Tally) -> Result<()> {
         for _ in 0..OFTEN {
             let question = self.question(dice);
@@ -509,7 +509,7 @@ impl Round<'_> {
     }
 }
 
-/// Waits until kube-proxy has everything that was there before this Service.
+/// Waits until kube-proxy has everything that was created before this Service.
 fn until_synced(space: &Space, field: &mut Field, round: u32) {
     let (name, port) = (format!("synced-{round}"), 2_000 + round as u16);
     space.service(
@@ -534,7 +534,7 @@ fn until_synced(space: &Space, field: &mut Field, round: u32) {
         ttl: None,
     };
     wait_for("kube-proxy's rules", SYNC, || {
-        // An answer is for one connection; the next one is another.
+        // An answer belongs to one connection; the next one is another.
         question.source.set_port(question.source.port() + 1);
         match field.fate(&question) {
             Ok(Fate::Arrived { at, .. }) if at.port() == port => Ok(()),
@@ -596,7 +596,7 @@ fn kube_proxy_decides_as_explain_says() -> Result<()> {
             Round { ground: &ground, field: &mut field, scene, manifests, used: &mut used };
         this.twice(&mut dice, &mut tally)?;
         this.often(&mut dice, &mut tally)?;
-        // All that is in it goes.
+        // Everything in it is deleted.
         for kind in ["services", "endpointslices"] {
             let _ = cluster.plane.request("DELETE", &space.path(kind, ""), None)?;
         }

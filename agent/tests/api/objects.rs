@@ -24,7 +24,7 @@ fn nothing_is_programmed_before_all_lists_are_in() {
     space.bare_service("lone", "10.96.1.2");
     let node = cluster.node("first");
 
-    // It may see one kind and not the other.
+    // It may read one kind and not the other.
     let (services, all) =
         (["services"].as_slice(), ["services", "endpointslices", "nodes"].as_slice());
     cluster.plane.give_rights(NEWCOMER, services).expect("rights");
@@ -48,7 +48,7 @@ fn nothing_is_programmed_before_all_lists_are_in() {
     expect(&node, "first", whole);
     agent.wait_ready(START).expect("ready");
 
-    // A new agent does not remove what it finds before it has seen all of the world either.
+    // Nor does a new agent remove what it finds before it has received everything.
     agent.stop().expect("stopped");
     cluster.plane.give_rights(NEWCOMER, services).expect("rights");
     space.delete("services", "lone");
@@ -76,7 +76,7 @@ fn services_come_change_and_go() {
     space.slice("web-a", "web", 8080, &["10.244.99.1"]);
     maps(&[("10.96.2.1:80", &["10.244.99.1:8080"])]);
 
-    // Another port, then another address beside.
+    // Another port, then a further address.
     space.edit("services", "web", &json!({"spec": {"ports": [{"port": 81, "targetPort": 8080}]}}));
     maps(&[("10.96.2.1:81", &["10.244.99.1:8080"])]);
     space.edit("services", "web", &json!({"spec": {"type": "LoadBalancer"}}));
@@ -84,7 +84,7 @@ fn services_come_change_and_go() {
     space.edit("services", "web/status", &json!({"status": ingress}));
     maps(&[("10.96.2.1:81", &["10.244.99.1:8080"]), ("203.0.113.7:81", &["10.244.99.1:8080"])]);
 
-    // One that no proxy serves any more, and again one that they do.
+    // A Service that no proxy serves any more, and then one that they do again.
     let named = json!({
         "type": "ExternalName", "externalName": "example.com",
         "clusterIP": null, "clusterIPs": null,
@@ -95,7 +95,7 @@ fn services_come_change_and_go() {
     space.edit("services", "web", &json!({"spec": numbered}));
     maps(&[("10.96.2.2:81", &["10.244.99.1:8080"])]);
 
-    // Deleted and made again in one breath, with another address.
+    // Deleted and created again immediately, with another address.
     space.delete("services", "web");
     space.bare_service("web", "10.96.2.3");
     maps(&[("10.96.2.3:80", &["10.244.99.1:8080"])]);
@@ -126,7 +126,8 @@ fn backends_follow_the_pods() {
     space.set_ready("a", true);
     backends(&["10.244.99.1:8080", "10.244.99.2:8080"]);
 
-    // One that ends gets nothing new while another is ready, and all of it when it is the last.
+    // A terminating pod gets no new connection while another one is ready, and all of them if it is
+    // the last.
     space.delete("pods", "a");
     backends(&["10.244.99.2:8080"]);
     space.delete("pods", "b");
@@ -136,7 +137,7 @@ fn backends_follow_the_pods() {
     space.end_pod("b");
     backends(&[]);
 
-    // Some want traffic for pods that are not ready.
+    // Some Services want traffic for pods that are not ready.
     space.edit("services", "web", &json!({"spec": {"publishNotReadyAddresses": true}}));
     pod("c", "10.244.99.3");
     backends(&["10.244.99.3:8080"]);
@@ -148,7 +149,7 @@ fn backends_follow_the_pods() {
     space.edit("services", "web", &json!({"spec": {"selector": {"app": "other"}}}));
     backends(&["10.244.99.4:8080"]);
 
-    // Before a namespace's Services the real controller wants its pods to be gone.
+    // The real controller deletes a namespace's pods before its Services.
     space.end_pod("c");
     space.end_pod("d");
     space.delete_all();
@@ -248,7 +249,7 @@ fn named_ports_that_differ_lead_to_each_pods_own_and_packets_get_there() {
         }
     }
 
-    // A rollout ends the old one.
+    // A rollout replaces the old one.
     space.delete("pods", "web-old");
     expect(&node, "traffic", &[("10.96.5.1:80", &[&new4]), ("[fd00:a60::a:501]:80", &[&new6])]);
     let replies = asker.http_get("http://10.96.5.1:80/", 20).expect("answers");
@@ -310,7 +311,7 @@ fn objects_of_other_proxies_and_headless_ones_are_left_alone() {
     other.wait_ready(START).expect("the other agent gets ready");
     let web: &[(&str, &[&str])] = &[("10.96.7.1:80", &["10.244.99.1:8080"])];
 
-    // A headless Service's slices carry a label that the real controller gave them.
+    // A headless Service's slices have a label from the real controller.
     space.service(
         "headless",
         &json!({"clusterIP": "None", "selector": {"app": "web"}, "ports": [{"port": 80}]}),
@@ -329,7 +330,7 @@ fn objects_of_other_proxies_and_headless_ones_are_left_alone() {
     });
     assert!(slices.to_string().contains("service.kubernetes.io/headless"), "{slices}");
 
-    // The label goes to the Service's slices too, by the controller.
+    // The controller copies the label to the Service's slices.
     let label = |name: &str, value: Value| json!({"metadata": {"labels": {name: value}}});
     let proxy_name = "service.kubernetes.io/service-proxy-name";
     space.edit("services", "web", &label(proxy_name, json!("other")));

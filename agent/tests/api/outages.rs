@@ -1,5 +1,5 @@
-//! An API server that goes away, forgets, or cannot be reached: packets flow on, and nothing is
-//! missed.
+//! An API server that is away, loses its history, or cannot be reached: packets flow on, and no
+//! change is missed.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -9,6 +9,7 @@ use crate::support::line::Line;
 use crate::support::objects::Space;
 use crate::support::view::{expect, expect_problem, problem, programmed};
 use crate::support::{START, cluster, wait_for};
+use serde_json::Value;
 use sluice_lab::{LoadClients, LoadSize, Namespace, Router, Serve};
 
 /// The longest wait until the agent tries again after an outage of some seconds.
@@ -42,7 +43,7 @@ fn packets_flow_while_the_server_is_away_and_then_nothing_was_missed() {
     ask();
     expect(&node, "away", before);
 
-    // An agent that starts now knows nothing and takes nothing away.
+    // An agent that starts now knows nothing, and removes nothing.
     agent.kill9().expect("killed");
     ask();
     agent.restart().expect("started");
@@ -56,7 +57,7 @@ fn packets_flow_while_the_server_is_away_and_then_nothing_was_missed() {
     expect_problem(&node, false, NOTICED);
     expect(&node, "away", before);
 
-    // The same with an agent that lives on, and changes made before it is back.
+    // The same with an agent that keeps running, and with changes made before the server is back.
     cluster.plane.stop_server().expect("stopped");
     expect_problem(&node, true, NOTICED);
     agent.process().signal(libc::SIGSTOP).expect("frozen");
@@ -74,15 +75,74 @@ fn packets_flow_while_the_server_is_away_and_then_nothing_was_missed() {
     expect_problem(&node, false, NOTICED);
 }
 
+/// The lines of a log in JSON, without its first bytes.
+fn lines(log: &str, from: usize) -> Vec<Value> {
+    let lines = log.get(from..).unwrap_or_default().lines();
+    lines.map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"))).collect()
+}
+
 #[test]
-fn a_watch_older_than_what_the_server_remembers_starts_over() {
+fn an_outage_has_a_line_at_its_begin_and_one_at_its_end() {
+    // Two minutes show no more than forty seconds.
+    let outage = if std::env::var_os("SLUICE_LAB_FULL").is_some() { 120 } else { 40 };
+    let Some(cluster) = cluster() else { return };
+    let space = Space::new(&cluster, "quiet");
+    let node = cluster.node("quiet");
+    space.bare_service("web", "10.96.7.1");
+    space.slice("web-a", "web", 8080, &["10.244.99.1", "10.244.99.2"]);
+    let mut agent = cluster.start_agent(&node, AGENT, &["--log-format", "json"]);
+    agent.wait_ready(START).expect("ready");
+    expect(&node, "quiet", &[("10.96.7.1:80", &["10.244.99.1:8080", "10.244.99.2:8080"])]);
+
+    // A Service whose endpoints change has a line.
+    let from = agent.log().len();
+    let one = serde_json::json!({"endpoints": [{"addresses": ["10.244.99.1"]}]});
+    space.edit("endpointslices", "web-a", &one);
+    let line = wait_for("a line about the Service", NOTICED, || {
+        let all = lines(&agent.log(), from);
+        let line = all.iter().find(|line| line["service"] == "quiet/web").cloned();
+        line.ok_or_else(|| format!("{all:?}"))
+    });
+    let fields = ["endpoints", "removed", "added"].map(|field| line[field].clone());
+    assert_eq!(fields, ["2->1".into(), "10.244.99.2:8080".into(), Value::Null], "{line}");
+    assert!(line["took"].as_str().is_some_and(|took| took.ends_with("ms")), "{line}");
+
+    let from = agent.log().len();
+    cluster.plane.kill_server().expect("killed");
+    expect_problem(&node, true, NOTICED);
+    std::thread::sleep(Duration::from_secs(outage));
+    let during = lines(&agent.log(), from);
+    let [line] = &during[..] else { panic!("{} lines: {during:#?}", during.len()) };
+    let (text, server) = (line["message"].as_str().unwrap_or_default(), &line["server"]);
+    assert!(line["level"] == "WARN" && text.contains("failed: "), "{line}");
+    assert!(server.as_str().is_some_and(|server| text.contains(server)), "{line}");
+    assert!(text.contains("https://") && text.contains("os error 111"), "{line}");
+
+    cluster.plane.start_server(&[]).expect("the server is back");
+    expect_problem(&node, false, 3 * NOTICED);
+    let end = wait_for("the end", NOTICED, || {
+        let all = lines(&agent.log(), from);
+        let is_end = |line: &&Value| line["message"].to_string().contains("answers again, after");
+        let end = all.iter().position(|line| is_end(&line));
+        end.map(|end| (end, all.clone())).ok_or_else(|| format!("{all:#?}"))
+    });
+    let (end, all) = end;
+    println!("{all:#?}");
+    // A server that starts may first say that it is not ready, and that it has forgotten.
+    assert!(end <= 3 && all.len() <= 7, "{all:#?}");
+    assert_eq!(all[end]["level"], "INFO", "{all:#?}");
+    assert!(!all.iter().any(|line| line["message"].to_string().contains("no longer")), "{all:#?}");
+}
+
+#[test]
+fn a_watch_older_than_the_servers_history_starts_over() {
     let Some(cluster) = cluster() else { return };
     let space = Space::new(&cluster, "compacted");
     let node = cluster.node("compacted");
     space.bare_service("kept", "10.96.2.1");
     space.bare_service("old", "10.96.2.2");
     space.slice("kept-a", "kept", 8080, &["10.244.99.1", "10.244.99.2"]);
-    // Without its cache the server asks etcd, which knows nothing from before a compaction.
+    // Without its cache the server reads from etcd, which knows nothing from before a compaction.
     let without_cache = "--watch-cache-sizes=services#0,endpointslices.discovery.k8s.io#0";
     cluster.plane.stop_server().expect("stopped");
     cluster.plane.start_server(&[without_cache]).expect("the server is back");
@@ -108,7 +168,7 @@ fn a_watch_older_than_what_the_server_remembers_starts_over() {
     let two = ["10.244.99.2:8080", "10.244.99.3:8080"].as_slice();
     expect(&node, "compacted", &[("10.96.2.1:80", two), ("10.96.2.100:80", &[])]);
     let log = agent.log();
-    // These are etcd's words; the server's cache has others.
+    // This is etcd's message; the server's cache has another one.
     let too_old = "starts over: The resourceVersion for the provided watch is too old";
     for kind in ["Service", "EndpointSlice"] {
         assert!(
@@ -117,7 +177,7 @@ fn a_watch_older_than_what_the_server_remembers_starts_over() {
         );
     }
     expect_problem(&node, false, NOTICED);
-    // And the watches after the new lists work.
+    // The watches after the new lists work as well.
     space.delete("services", "new-0");
     expect(&node, "compacted", &[("10.96.2.1:80", two)]);
     cluster.plane.stop_server().expect("stopped");
@@ -157,8 +217,8 @@ fn under_load_the_server_is_away_and_returns_with_changes_and_no_memory() {
     std::thread::sleep(Duration::from_secs(size.seconds));
     let _ = load.unharmed("while the server was away").expect("unharmed");
 
-    // It returns, changes at once, and has forgotten everything from before: every watch starts
-    // over with a list.
+    // It returns, changes immediately, and has lost all history: every watch starts over with a
+    // list.
     agent.process().signal(libc::SIGSTOP).expect("frozen");
     cluster.plane.start_server(&[without_cache]).expect("the server is back");
     space.delete("endpointslices", "web-a");
@@ -169,7 +229,7 @@ fn under_load_the_server_is_away_and_returns_with_changes_and_no_memory() {
     cluster.plane.compact().expect("etcd forgets");
     agent.process().signal(libc::SIGCONT).expect("thawed");
     let others: Vec<String> = (0..12).map(|number| format!("10.96.6.{number}:80")).collect();
-    // The longer it was away, the later the next try.
+    // The longer it was away, the later the next attempt.
     expect_problem(&node, false, 3 * NOTICED);
     let (second, third, first) = (backend(1), backend(2), backend(0));
     let (web, kept) = ([second.as_str(), third.as_str()], [first.as_str()]);
@@ -183,19 +243,19 @@ fn under_load_the_server_is_away_and_returns_with_changes_and_no_memory() {
 }
 
 #[test]
-fn a_slow_line_that_breaks_within_lists_and_watches_loses_nothing() {
+fn a_slow_connection_that_breaks_within_lists_and_watches_loses_nothing() {
     let Some(cluster) = cluster() else { return };
     let space = Space::new(&cluster, "line");
     let node = cluster.node("line");
     let line = Line::new(&cluster.plane).expect("a line");
-    // More than one page of a list.
+    // More objects than fit one page of a list.
     let vip = |number: usize| format!("10.96.3.{number}");
     for number in 1..=120 {
         space.bare_service(&format!("s{number}"), &vip(number));
     }
     space.slice("s1-a", "s1", 8080, &["10.244.99.1"]);
 
-    // The lists take some seconds, and the first connections do not live to see their end.
+    // The lists take some seconds, and the first connections break before their end.
     line.set_rate(100_000);
     line.set_span(30_000);
     let mut agent = cluster.start_agent(&node, AGENT, &["--api", &cluster.plane.url(line.port())]);
@@ -215,7 +275,7 @@ fn a_slow_line_that_breaks_within_lists_and_watches_loses_nothing() {
         all.iter().map(|(vip, backends)| (vip.as_str(), *backends)).collect();
     expect(&node, "line", &wanted);
 
-    // From now on every connection breaks again and again while objects change.
+    // From now on every connection breaks repeatedly while objects change.
     line.set_rate(0);
     for number in 2..=40 {
         if number % 8 == 0 {
@@ -236,7 +296,7 @@ fn a_slow_line_that_breaks_within_lists_and_watches_loses_nothing() {
 }
 
 #[test]
-fn a_line_that_dies_without_a_word_is_replaced() {
+fn a_connection_that_dies_silently_is_replaced() {
     let Some(cluster) = cluster() else { return };
     let space = Space::new(&cluster, "dead");
     let node = cluster.node("dead");
@@ -244,7 +304,7 @@ fn a_line_that_dies_without_a_word_is_replaced() {
     let agent = cluster.agent(&node);
     expect(&node, "dead", &[("10.96.4.1:80", &[])]);
 
-    // Packets vanish in both directions, and what changes meanwhile is not heard.
+    // Packets are lost in both directions, and changes do not arrive.
     let dead = DeadLine::new(cluster.lab.router(), [cluster.plane.host().ipv4(), node.ipv4()]);
     space.delete("services", "old");
     space.bare_service("new", "10.96.4.2");
@@ -261,7 +321,7 @@ fn a_line_that_dies_without_a_word_is_replaced() {
     expect_problem(&node, false, NOTICED);
 }
 
-/// A router that swallows what goes to some addresses, until this is dropped.
+/// A router that drops what goes to some addresses, until this is dropped.
 struct DeadLine<'a> {
     router: &'a Router,
     addresses: [Ipv4Addr; 2],

@@ -37,8 +37,8 @@ pub(crate) struct Cluster {
 
 static SHARED: Mutex<Option<Arc<Cluster>>> = Mutex::new(None);
 
-/// Returns the cluster that this file's tests share; [`None`], with the reason printed, where it
-/// cannot be.
+/// Returns the cluster that this file's tests share, or [`None`] if it cannot be built. Prints the
+/// reason.
 pub(crate) fn cluster() -> Option<Arc<Cluster>> {
     let Some(programs) = std::env::var_os("SLUICE_CONTROL_PLANE").map(PathBuf::from) else {
         eprintln!(
@@ -74,7 +74,7 @@ impl Cluster {
         self.lab.node(name, &NodeOptions::default()).expect("a node")
     }
 
-    /// Starts an agent that speaks to the API server as `user`.
+    /// Starts an agent that connects to the API server as `user`.
     pub(crate) fn start_agent(&self, node: &Node, user: &str, args: &[&str]) -> AgentProcess {
         let mut all: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
         if !all.iter().any(|arg| arg.starts_with("--flows-max")) {
@@ -96,7 +96,7 @@ impl Cluster {
     }
 }
 
-/// Asks again and again until there is an answer, or fails with what was said last.
+/// Repeats a request until there is an answer, or fails with the last error.
 #[track_caller]
 pub(crate) fn wait_for<T>(
     what: &str,

@@ -31,13 +31,13 @@ use sluice_lab::{
     AgentOptions, AgentProcess, Client, Namespace, Node, NodeOptions, Pod, Running, Serve,
 };
 
-/// Connections that are held: of the pod by ClusterIPs, of the node itself, of clients outside by
-/// the node port, half of the last and of the first by IPv6.
+/// Number of connections that are held: by the pod through ClusterIPs, by the node itself, and by
+/// clients outside through the node port. Half of the first and of the last are IPv6.
 const POD: usize = 900;
 const HOST: usize = 300;
 const UNSEEN: usize = 150;
 const OUTSIDE: usize = 800;
-/// Addresses of clients outside, which a Service with affinity tells apart.
+/// Number of addresses of clients outside, which a Service with affinity distinguishes.
 const CLIENTS: u8 = 24;
 const ECHO_TARGET: u16 = 7000;
 const DNS_TARGET: u16 = 5353;
@@ -60,8 +60,8 @@ impl Mode {
         }
     }
 
-    /// Node ports of the echo, of its datagrams, and of the Service with affinity. Both tests ask
-    /// one API server for them.
+    /// Returns the node ports of the echo, of its datagrams, and of the Service with affinity. Both
+    /// tests use one API server.
     fn node_ports(self) -> [u16; 3] {
         match self {
             Self::Nftables => [30_080, 30_081, 30_082],
@@ -70,7 +70,7 @@ impl Mode {
     }
 }
 
-/// A connection that asks and is answered by one and the same endpoint.
+/// A connection whose requests are answered by one and the same endpoint.
 struct Held {
     writer: TcpStream,
     reader: BufReader<TcpStream>,
@@ -78,7 +78,7 @@ struct Held {
     endpoint: String,
     /// The client as the endpoint sees it.
     seen_as: SocketAddr,
-    /// From where to where, as the client sees it.
+    /// Source and destination, as the client sees them.
     ends: String,
 }
 
@@ -146,24 +146,25 @@ fn connect(from: &Namespace, source: Option<SocketAddr>, to: SocketAddr) -> Resu
     Held::new(stream).with_context(|| format!("{} at {to}", from.name()))
 }
 
-/// Does something as a process of a cgroup: its sockets stay that cgroup's.
+/// Does something as a process of a cgroup: its sockets stay in that cgroup.
 fn in_cgroup(cgroup: &Path, act: impl FnOnce() -> Result<()>) -> Result<()> {
     let own = std::fs::read_to_string("/proc/self/cgroup")?;
     let own = own.lines().find_map(|line| line.strip_prefix("0::/")).context("no cgroup2")?;
     let root = cgroup.ancestors().filter(|path| path.join("cgroup.controllers").exists()).last();
     let home = root.context("no cgroup2 mount")?.join(own);
     enter(cgroup)?;
-    // Also when a test fails by a panic: with the lab all processes of its cgroups are killed.
+    // This applies when a test panics as well: with the lab all processes of its cgroups are
+    // killed.
     let _back = Back(home);
     act()
 }
 
-/// Makes this process one of a cgroup.
+/// Moves this process into a cgroup.
 fn enter(cgroup: &Path) -> Result<()> {
     std::fs::write(cgroup.join("cgroup.procs"), "0").with_context(|| cgroup.display().to_string())
 }
 
-/// Makes this process one of its own cgroup again.
+/// Moves this process back into its own cgroup when dropped.
 struct Back(PathBuf);
 
 impl Drop for Back {
@@ -174,7 +175,7 @@ impl Drop for Back {
     }
 }
 
-/// Everything of a test.
+/// The parts of a test.
 struct Bench {
     mode: Mode,
     cluster: std::sync::Arc<Cluster>,
@@ -209,7 +210,7 @@ impl Bench {
         let mut endpoints = Vec::new();
         for letter in ["a", "b", "c"] {
             let pod = node.pod(&format!("{name}-{letter}"))?;
-            // A thousand clients may knock at once.
+            // A thousand clients may connect at once.
             pod.sysctl("net/core/somaxconn", "4096")?;
             servers.push(pod.serve(Serve::TcpEcho, ECHO_TARGET)?);
             servers.push(pod.serve(Serve::UdpEcho, DNS_TARGET)?);
@@ -318,15 +319,15 @@ impl Bench {
             [format!("--config={}", file.display())],
         )?;
         self.kube_proxy = Some(kube_proxy);
-        // Datagrams are to be forgotten within the test. Connections that have ended are
-        // remembered, as anywhere.
+        // Datagrams have to be forgotten within the test. Ended connections are remembered, as
+        // anywhere.
         for (name, seconds) in [("udp_timeout", "10"), ("udp_timeout_stream", "12")] {
             self.node.sysctl(&format!("net/netfilter/nf_conntrack_{name}"), seconds)?;
         }
         Ok(())
     }
 
-    /// Waits until somebody serves everything.
+    /// Waits until everything is served.
     fn until_served(&self) {
         let [echo_port, _, sticky_port] = self.mode.node_ports();
         let ways = [
@@ -357,8 +358,8 @@ impl Bench {
         for index in 0..POD {
             all.push(connect(&self.pod, None, SocketAddr::new(self.vips[index % 2], 7))?);
         }
-        // Some as processes outside of the agent's cgroup: no hook sees their calls, and their
-        // packets are translated.
+        // Some belong to processes outside of the agent's cgroup: no hook sees their calls, and
+        // their packets are translated.
         for _ in 0..UNSEEN {
             all.push(connect(&self.node, None, SocketAddr::new(self.vips[0], 7))?);
         }
@@ -417,7 +418,7 @@ impl Bench {
         Ok(status.pointer("/last/takeover").cloned().unwrap_or_default())
     }
 
-    /// Packets counted by a reason.
+    /// Returns the number of packets counted with a reason.
     fn counted(&self, reason: &str) -> Result<u64> {
         let output = self.node.sluice_output(&["status", "-o", "json"])?;
         let status: Value = serde_json::from_slice(&output.stdout)?;
@@ -428,7 +429,7 @@ impl Bench {
         Ok(row.and_then(|row| row.pointer("/packets")?.as_u64()).unwrap_or_default())
     }
 
-    /// Flows that Sluice has opened.
+    /// Returns the number of flows that Sluice has opened.
     fn flows(&self) -> Result<u64> {
         let list: Value = serde_json::from_str(&self.node.sluice(&["backends", "-o", "json"])?)?;
         let rows = list.pointer("/items").and_then(Value::as_array).into_iter().flatten();
@@ -459,7 +460,7 @@ impl Traffic {
         true
     }
 
-    /// Asks on every connection, and reads every answer.
+    /// Sends a request on every connection, and reads every answer.
     fn hold(&self, held: &mut [Held]) {
         let mut broken = BTreeSet::new();
         while self.goes_on() {
@@ -484,7 +485,7 @@ impl Traffic {
         }
     }
 
-    /// Opens a new connection, asks, and closes it, again and again.
+    /// Repeatedly opens a connection, sends a request, and closes it.
     fn open(&self, from: &Namespace, to: SocketAddr) {
         while self.goes_on() {
             let result = connect(from, None, to).and_then(|mut one| {
@@ -498,7 +499,7 @@ impl Traffic {
         }
     }
 
-    /// Asks by UDP: by one socket that is connected, and by a new one each time.
+    /// Sends requests by UDP: from one connected socket, and from a new socket each time.
     fn ask(&self, from: &Namespace, to: SocketAddr) {
         let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         let socket = || -> Result<UdpSocket> {
@@ -530,8 +531,7 @@ impl Traffic {
         }
     }
 
-    /// Waits until every connection has asked and been answered so often more, and nothing has gone
-    /// wrong.
+    /// Waits until every connection has been answered this many more times, and nothing has failed.
     fn more_rounds(&self, what: &str, count: u64) -> Result<()> {
         let (from, started) = (self.rounds.load(Ordering::Relaxed), Instant::now());
         while self.rounds.load(Ordering::Relaxed) < from + count {
@@ -550,7 +550,7 @@ impl Traffic {
     }
 }
 
-/// Does something with all connections and other traffic under way, and sees that nothing breaks.
+/// Does something while all connections and other traffic go on, and checks that nothing breaks.
 fn with_traffic(
     bench: &mut Bench,
     held: &mut [Held],
@@ -562,7 +562,7 @@ fn with_traffic(
     let [echo_port, dns_port, _] = bench.mode.node_ports();
     let node_port = |port| SocketAddr::new(bench.node.ipv4().into(), port);
     let (echo, dns) = (node_port(echo_port), node_port(dns_port));
-    // As a process of the node: the calls of new connections meet the hooks of its cgroup.
+    // As a process of the node: the calls of new connections pass the hooks of its cgroup.
     let act =
         |bench: &mut Bench, traffic: &Traffic| in_cgroup(host.cgroup(), || act(bench, traffic));
     let result = std::thread::scope(|scope| {
@@ -596,7 +596,8 @@ fn word<'v>(value: &'v Value, field: &str) -> &'v str {
     value.get(field).and_then(Value::as_str).unwrap_or_default()
 }
 
-/// kube-proxy to Sluice: the agent comes, kube-proxy goes, its rules go, the last connection goes.
+/// Moves from kube-proxy to Sluice: the agent comes, kube-proxy goes, its rules go, the last
+/// connection goes.
 ///
 /// Returns as whom one of its connections was seen, and by which endpoint: conntrack has not
 /// forgotten it.
@@ -641,10 +642,10 @@ fn move_in(bench: &mut Bench) -> Result<(SocketAddr, SocketAddr)> {
         // kube-proxy goes, its rules stay.
         let _ = bench.kube_proxy.take().context("no kube-proxy")?.stop()?;
         traffic.more_rounds("kube-proxy is gone", 3)?;
-        // It returns when the rules are gone, and says what still lives.
+        // The command returns when the rules are gone, and reports what still lives.
         let said = bench.node.sluice(&["takeover", "--finish"])?;
         ensure!(said.contains("serving; netfilter still has"), "{said}");
-        // Who wants to wait for that is told that it has not ended.
+        // With the flag to wait for that, it reports that it has not ended.
         let output = bench.node.sluice_output(&["takeover", "--finish", "--wait", "3s"])?;
         ensure!(
             output.status.code() == Some(1),
@@ -684,8 +685,8 @@ fn move_in(bench: &mut Bench) -> Result<(SocketAddr, SocketAddr)> {
     Ok(ended)
 }
 
-/// Sluice to kube-proxy: kube-proxy comes, Sluice serves what it knows until the last has ended,
-/// and goes.
+/// Moves from Sluice to kube-proxy: kube-proxy comes, Sluice serves known flows until the last has
+/// ended, and goes.
 ///
 /// The host opens a connection from the source port of one that netfilter has translated and that
 /// has `ended`.
@@ -702,7 +703,7 @@ fn move_out(bench: &mut Bench, ended: (SocketAddr, SocketAddr)) -> Result<()> {
         traffic.more_rounds("connections are tracked", 2)?;
         bench.start_kube_proxy()?;
         wait_for("kube-proxy's rules", STEP, || {
-            // Their last part: an endpoint of the Service that was made last.
+            // The last thing that it programs is an endpoint of the Service that was created last.
             let rules = match bench.mode {
                 Mode::Nftables => bench.node.run("nft", ["list", "table", "ip6", "kube-proxy"]),
                 Mode::Iptables => bench.node.run("ip6tables-save", [""; 0]),
@@ -736,7 +737,7 @@ fn move_out(bench: &mut Bench, ended: (SocketAddr, SocketAddr)) -> Result<()> {
     let devices = bench.node.run("ip", ["link"])?;
     ensure!(!devices.contains("sluice0"), "{devices}");
     bench.until_served();
-    // An agent that is started anew stays away, until it is told to come.
+    // An agent that is started again stays away until it is requested.
     let agent = bench.agent.as_mut().context("no agent")?;
     agent.restart()?;
     sleep(Duration::from_secs(1));

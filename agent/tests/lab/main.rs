@@ -38,6 +38,7 @@ mod random;
 mod restart;
 mod routes;
 mod rules;
+mod screens;
 mod sockets;
 mod stack;
 mod stack_errors;

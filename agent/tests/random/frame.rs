@@ -1,4 +1,4 @@
-//! Frames: the first packet of a connection, or a datagram; and what a program has made of one.
+//! Frames: the first packet of a connection, or a datagram; and the fate of one in a program.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -15,7 +15,7 @@ const REDIRECT: i32 = 7;
 /// The observed effect of a program on a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Seen {
-    /// It goes on as it was.
+    /// It goes on unchanged.
     Pass,
     Drop,
     /// It became a reset or an ICMP error.
@@ -40,7 +40,7 @@ pub(crate) fn build(question: &Question, mac: [u8; 6], mark: u32) -> Vec<u8> {
         segment.extend([0, 0, 0, 0, 0x50, 0x02, 0xff, 0xff, 0, 0, 0, 0]);
         16
     } else {
-        // Its length, no checksum so far.
+        // Its length, and no checksum so far.
         segment.extend([0, 12, 0, 0]);
         segment.extend(mark.to_be_bytes());
         6
@@ -127,7 +127,7 @@ pub(crate) fn mark(frame: &[u8]) -> Option<u32> {
     Some(u32::from_be_bytes(segment.get(at..at + 4)?.try_into().ok()?))
 }
 
-/// Whose packet a frame answers with a reset or an ICMP error: protocol and client.
+/// Returns protocol and client of the packet that a frame answers with a reset or an ICMP error.
 pub(crate) fn refused(frame: &[u8]) -> Option<(u8, SocketAddr)> {
     let (protocol, _, destination, reset) = tuple(frame)?;
     if reset {
@@ -140,7 +140,7 @@ pub(crate) fn refused(frame: &[u8]) -> Option<(u8, SocketAddr)> {
     {
         return None;
     }
-    // The quoted packet, behind the link header that the error itself came with.
+    // The quoted packet, behind the link header of the error itself.
     let quoted = [frame.get(..ETHERNET)?, frame.get(icmp + 8..)?].concat();
     let (protocol, client, ..) = tuple(&quoted)?;
     Some((protocol, client))

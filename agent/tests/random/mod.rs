@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 pub(crate) mod frame;
 pub(crate) mod scene;
 
-/// A source of chance: SplitMix64, of which one number tells everything that follows.
+/// A source of randomness: SplitMix64, whose one number determines all that follow.
 pub(crate) struct Dice(u64);
 
 impl Dice {
@@ -21,23 +21,23 @@ impl Dice {
         mixed ^ (mixed >> 31)
     }
 
-    /// One of 0..sides.
+    /// Returns a number in 0..sides.
     pub(crate) fn roll(&mut self, sides: u16) -> u16 {
         (self.next() % u64::from(sides)) as u16
     }
 
-    /// True once in so many times.
+    /// Returns true once in this many times.
     pub(crate) fn one_in(&mut self, times: u16) -> bool {
         self.roll(times) == 0
     }
 
-    /// One of several, each as likely.
+    /// Returns one of several values with equal probability.
     pub(crate) fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         of[usize::from(self.roll(of.len() as u16))]
     }
 }
 
-/// Returns a number that an environment variable gives.
+/// Returns the number in an environment variable.
 pub(crate) fn number_from(variable: &str) -> Result<Option<u64>> {
     let Some(text) = std::env::var_os(variable) else { return Ok(None) };
     let number = text.to_str().and_then(|text| text.parse().ok());

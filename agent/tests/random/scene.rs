@@ -9,14 +9,14 @@ use sluice_core::model::object::Protocol;
 
 use super::Dice;
 
-/// Services in a scene.
+/// Number of Services in a scene.
 const SERVICES: u16 = 24;
-/// Endpoints that a node has in a scene at most.
+/// The most endpoints of a node in a scene.
 const ENDPOINTS: u16 = 24;
-/// Hosts of clients in each of their networks.
+/// Number of client hosts in each of their networks.
 const CLIENTS: u16 = 120;
 
-/// Our node and another one, as the lab builds them.
+/// The node under test and another one, as the lab builds them.
 pub(crate) struct Ground {
     pub(crate) name: String,
     pub(crate) own: [IpAddr; 2],
@@ -60,7 +60,7 @@ pub(crate) fn pods(ours: bool) -> [String; 3] {
 pub(crate) const CLUSTER_CIDRS: &str = "10.244.0.0/16,fd00:af4::/32";
 pub(crate) const SERVICE_CIDRS: &str = "10.96.0.0/24,fd00:a60:0::/48";
 
-/// Objects, and where they may be asked.
+/// Objects, and the destinations of questions about them.
 pub(crate) struct Scene {
     pub(crate) text: String,
     frontends: Vec<(Protocol, SocketAddr)>,
@@ -68,7 +68,7 @@ pub(crate) struct Scene {
     affine: bool,
 }
 
-/// A port of a Service: its word in slices, protocol, number, and its number on nodes.
+/// A port of a Service: its name in slices, protocol, number, and number on nodes.
 struct Port {
     name: String,
     protocol: Protocol,
@@ -77,7 +77,7 @@ struct Port {
 }
 
 impl Scene {
-    /// A scene; the Service `end-<round>` tells that all of it was read.
+    /// Creates a scene. The Service `end-<round>` shows that all of it was read.
     pub(crate) fn new(dice: &mut Dice, ground: &Ground, round: u32) -> Self {
         let [v4, v6] = ground.own;
         let mut scene = Self {
@@ -98,8 +98,8 @@ impl Scene {
             "apiVersion: v1\nkind: Service\nmetadata: {{name: end-{round}, namespace: random}}\n\
              spec: {{clusterIP: {end}, ports: [{{port: 1}}]}}\n"
         ));
-        // Other Services than those of the last scene: a client's affinity to one of those says
-        // nothing.
+        // The Services differ from those of the last scene, so that a client's affinity to one of
+        // those does not count.
         scene.text = scene.text.replace("namespace: random", &format!("namespace: random-{round}"));
         scene
     }
@@ -325,7 +325,7 @@ impl Scene {
         self.frontends.contains(&(protocol, at))
     }
 
-    /// Returns a packet by its tuple; [`None`] where such a client sends none.
+    /// Returns a packet's tuple, or [`None`] if such a client sends none.
     pub(crate) fn question(&self, dice: &mut Dice, ground: &Ground) -> Option<Question> {
         let (protocol, destination) = self.destination(dice, ground);
         let v4 = destination.is_ipv4();

@@ -32,7 +32,7 @@ pub(crate) fn sluice(folder: &Path, words: &[&str]) -> Output {
         .expect("the binary runs")
 }
 
-/// Asks with these words; the exit code and the answer.
+/// Runs the command with these words. Returns the exit code and the answer.
 fn ask(folder: &Path, words: &str) -> (i32, Value) {
     let words: Vec<&str> =
         ["explain"].into_iter().chain(words.split(' ')).chain(["-o", "json"]).collect();
@@ -76,8 +76,8 @@ fn line((code, answer): &(i32, Value)) -> String {
     format!("{verdict} {} {}", addresses.join(" "), word(&answer["source"]))
 }
 
-/// Endpoints in words, each `STATE` with `L` (local), `z` (hinted for our zone) or `y` (for
-/// another).
+/// Writes manifests for endpoints in words, each `STATE` with `L` (local), `z` (hinted for our
+/// zone) or `y` (for another).
 fn manifests(endpoints: &str, internal: &str, external: &str) -> String {
     let mut text = format!(
         "apiVersion: v1
@@ -135,7 +135,7 @@ endpoints:
     text
 }
 
-/// Endpoints and policies -> what meets a local pod at the ClusterIP, and a client outside at
+/// Endpoints and policies -> the fate of a local pod at the ClusterIP, and of a client outside at
 /// external addresses.
 struct Vector {
     number: u32,
@@ -194,8 +194,7 @@ fn kube_proxys_vectors_hold_in_both_modes() {
                 let expected = if expected.contains(' ') && !expected.starts_with("10.") {
                     expected.to_owned()
                 } else {
-                    // Without being told otherwise, we keep the source where the backend is on this
-                    // node.
+                    // By default we keep the source if the backend is on this node.
                     let local = answer.1["backend"]["address"]
                         .as_str()
                         .is_some_and(|at| at.starts_with("10.244.1."));
@@ -293,7 +292,7 @@ fn an_unassigned_service_address_is_dropped_on_its_way_out() {
         let words = format!("{words} --service-cidr 10.96.0.0/16");
         assert_eq!(line(&ask(folder.path(), &words)), "drop unassigned_address", "{words}");
     }
-    // A client that is some Service's backend is none the less dropped.
+    // A client that is some Service's backend is dropped all the same.
     let words =
         "tcp 10.244.2.1:4000 10.96.0.77:80 --from pod --manifests . --service-cidr 10.96.0.0/16";
     assert_eq!(line(&ask(folder.path(), words)), "drop unassigned_address");
@@ -377,7 +376,7 @@ fn every_field_of_the_contract_is_there() {
 }
 
 #[test]
-fn a_tuple_finds_the_same_backend_wherever_it_is_asked() {
+fn a_tuple_finds_the_same_backend_on_every_node() {
     let folder = tempfile::tempdir().expect("a folder");
     fs::write(folder.path().join("all.yaml"), manifests("R R R R R", "Cluster", "Cluster"))
         .expect("written");
@@ -433,7 +432,7 @@ fn every_seed_is_explained_and_valid() {
 }
 
 #[test]
-fn ipv6_is_asked_in_brackets() {
+fn ipv6_addresses_are_in_brackets() {
     let folder = tempfile::tempdir().expect("a folder");
     let text = manifests("R", "Cluster", "Cluster")
         .replace("clusterIP: 10.96.0.10", "clusterIP: fd00:96::10")
@@ -443,7 +442,7 @@ fn ipv6_is_asked_in_brackets() {
     let answer =
         ask(folder.path(), "TCP [fd00:244::99]:4000 [fd00:96::10]:80 --from pod --manifests .");
     assert_eq!(line(&answer), "forward fd00:244::1 kept");
-    // Nobody has told the node's IPv6 address: one is supposed.
+    // The node's IPv6 address is not known, so one is assumed.
     let words =
         "tcp [2001:db8::7]:4000 [fd00:96::10]:80 --from external --manifests . --masquerade all";
     assert_eq!(line(&ask(folder.path(), words)), "forward fd00:244::1 masqueraded");
@@ -521,7 +520,7 @@ fn manifests_that_say_nothing_end_with_code_1_and_what_to_do() {
         assert!(error.contains(why), "{words}: {error}");
         assert_eq!(output.stdout, b"", "{words}");
     }
-    // What is left of manifests still answers, and says what is missing.
+    // The rest of the manifests still gives answers, and the output says what is missing.
     fs::rename(at.join("broken.yaml"), at.join("shop/broken.yaml")).expect("renamed");
     let words = format!("{question} shop -o json");
     let output = sluice(at, &words.split(' ').collect::<Vec<_>>());
@@ -548,7 +547,7 @@ fn what_if_shows_both_answers_and_ends_with_the_codes_of_the_second() {
     assert_eq!(line(&(4, both["after"].clone())), "drop no_local_backend");
 }
 
-/// Compares what people read with a file.
+/// Compares the output for people with a file.
 fn compare(name: &str, words: &[&str], code: i32) {
     let folder = tests().join("explain");
     let output = sluice(&folder, words);
@@ -718,7 +717,7 @@ endpoints: [{{addresses: [10.244.1.{number}]}}, {{addresses: [10.244.2.{number}]
 
 /// While a node is moved in or out, a person sees whose the packets are, and why.
 #[test]
-fn what_is_left_to_netfilter_is_told_with_its_reason() {
+fn what_is_left_to_netfilter_is_reported_with_its_reason() {
     let folder = tempfile::tempdir().expect("a folder");
     fs::write(folder.path().join("a.yaml"), manifests("RL", "Cluster", "Cluster"))
         .expect("written");
@@ -771,7 +770,7 @@ fn what_is_left_to_netfilter_is_told_with_its_reason() {
     assert_eq!(verdict, Verdict::Forward, "an opening packet is ours: {why}");
 }
 
-/// Routes that take no more than 1 400 bytes.
+/// Routes with an MTU of 1 400 bytes.
 struct Narrow(Supposed);
 
 impl Routing for Narrow {
@@ -800,10 +799,10 @@ impl Routing for Narrow {
     }
 }
 
-/// A packet's fate goes on behind the choice of a backend: what the way does not take, and whose
-/// client has had its errors, goes nowhere.
+/// A packet's fate is not decided by the choice of a backend alone: a packet that is too large for
+/// the path, or whose client has used up its errors, goes nowhere.
 #[test]
-fn limits_on_a_packets_way_are_told() {
+fn limits_on_a_packets_path_are_in_the_answer() {
     let folder = tempfile::tempdir().expect("a folder");
     fs::write(folder.path().join("a.yaml"), manifests("RL", "Cluster", "Cluster"))
         .expect("written");

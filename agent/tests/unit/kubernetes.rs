@@ -1,4 +1,4 @@
-//! The watched API server: a small one of our own, that can go away and forget.
+//! The watched API server: a small one of the test's own, which can go away and lose its history.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,10 +19,10 @@ use tokio::time::timeout;
 #[derive(Default)]
 struct World {
     services: BTreeSet<&'static str>,
-    /// Raised when it forgets the past: watches from before must list again.
+    /// Raised when it loses its history: watches from before must list again.
     version: u32,
     down: bool,
-    /// The networks of its one ServiceCIDR; [`None`]: it does not know the kind.
+    /// The networks of its one ServiceCIDR, or [`None`] if it does not know the kind.
     service_cidrs: Option<Vec<&'static str>>,
     requests: Vec<String>,
 }
@@ -30,7 +30,7 @@ struct World {
 #[derive(Clone)]
 struct Server {
     world: Arc<Mutex<World>>,
-    /// Events for the watches of Services; [`None`] cuts all lines.
+    /// Events for the watches of Services; [`None`] cuts all connections.
     events: broadcast::Sender<Option<Value>>,
 }
 
@@ -178,7 +178,7 @@ fn said(change: &Change) -> Option<&[Note]> {
 }
 
 /// Returns a client of the server.
-async fn connect(address: String, service_cidrs: bool) -> (kube::Client, Settings) {
+async fn connect(address: String, service_cidrs: bool) -> (kubernetes::Server, Settings) {
     let directory = tempfile::tempdir().expect("a directory");
     let kubeconfig = directory.path().join("config");
     let text = "apiVersion: v1\nkind: Config\nclusters: [{name: c, cluster: {server: \"http://192.0.2.1:1\"}}]\n\
@@ -190,20 +190,20 @@ async fn connect(address: String, service_cidrs: bool) -> (kube::Client, Setting
         service_cidrs,
         ..Settings::default()
     };
-    (kubernetes::connect(&settings).await.expect("a client"), settings)
+    (kubernetes::server(&settings).await.expect("a client"), settings)
 }
 
 /// Returns a source that watches the server: its events and its health.
 async fn watching(address: String, service_cidrs: bool) -> (mpsc::Receiver<Event>, Pulse) {
-    let (client, settings) = connect(address, service_cidrs).await;
+    let (server, settings) = connect(address, service_cidrs).await;
     let (sink, events) = mpsc::channel(64);
     let pulse = Pulse::default();
-    drop(tokio::spawn(kubernetes::watch(client, settings, sink, pulse.clone())));
+    drop(tokio::spawn(kubernetes::watch(server, settings, sink, pulse.clone())));
     (events, pulse)
 }
 
 #[tokio::test]
-async fn service_cidrs_are_told_where_there_are_any_and_nobody_waits_for_them() {
+async fn service_cidrs_are_reported_if_there_are_any_and_nobody_waits_for_them() {
     let (server, address) = Server::start().await;
     let (mut events, pulse) = watching(address, true).await;
     let mut changes = vec![next(&mut events).await];
@@ -224,14 +224,14 @@ async fn service_cidrs_are_told_where_there_are_any_and_nobody_waits_for_them() 
         let Change::ServiceCidr(name, Some(networks)) = change else { return None };
         Some((name.to_string(), networks.iter().map(ToString::to_string).collect::<Vec<_>>()))
     };
-    // Asked again a little later.
+    // Requested again a little later.
     let expected = ("kubernetes".to_owned(), vec!["10.96.0.0/12".to_owned()]);
     assert_eq!(skip_to(&mut events, told).await, expected);
     assert!(pulse.health().failure.is_none());
 }
 
 #[tokio::test]
-async fn a_server_that_goes_away_and_forgets_takes_nothing_with_it() {
+async fn a_server_that_goes_away_and_loses_its_history_removes_nothing() {
     let (server, address) = Server::start().await;
     let (mut events, pulse) = watching(address, false).await;
 
@@ -271,7 +271,7 @@ async fn a_server_that_goes_away_and_forgets_takes_nothing_with_it() {
         matches!(next(&mut events).await, Change::Service(name, Some(_)) if &*name.name == "c")
     );
 
-    // The server goes away; nothing is taken away, but it is said.
+    // The server goes away; nothing is removed, but it is reported.
     server.world().down = true;
     let _ = server.events.send(None);
     let flaw = skip_to(&mut events, |change| {
@@ -282,7 +282,7 @@ async fn a_server_that_goes_away_and_forgets_takes_nothing_with_it() {
     assert_eq!(flaw, Flaw::Unreachable);
     assert!(pulse.health().failure.is_some());
 
-    // It returns, has forgotten the past, and meanwhile a Service was deleted.
+    // It returns without its history, and meanwhile a Service was deleted.
     {
         let mut world = server.world();
         let _ = world.services.remove("a");
@@ -297,9 +297,9 @@ async fn a_server_that_goes_away_and_forgets_takes_nothing_with_it() {
 }
 
 #[tokio::test]
-async fn listed_once_is_all_that_a_watch_would_deliver_first() {
+async fn one_list_has_all_that_a_watch_delivers_first() {
     let (server, address) = Server::start().await;
-    let (client, settings) = connect(address, true).await;
+    let (kubernetes::Server { client, .. }, settings) = connect(address, true).await;
     let names = |events: &[Event]| {
         let name = |event: &Event| {
             if let Change::Service(name, Some(_)) = &event.change {

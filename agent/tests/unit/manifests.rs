@@ -17,7 +17,7 @@ fn service(name: &str, address: &str) -> String {
     )
 }
 
-/// A watched folder and what it says.
+/// A watched folder and its changes.
 struct Watch {
     events: mpsc::Receiver<Event>,
     pulse: Pulse,
@@ -64,14 +64,14 @@ async fn files_that_come_change_and_go_are_noticed_however_they_are_written() {
     // In place.
     fs::write(folder.join("a.yaml"), service("a", "10.0.0.2")).expect("written");
     watch.expect("a", true).await;
-    // The same again is no change.
+    // Writing the same content is no change.
     fs::write(folder.join("a.yaml"), service("a", "10.0.0.2")).expect("written");
     watch.nothing().await;
     // As editors do: another file takes the place.
     fs::write(folder.join(".a.yaml.swp"), service("a", "10.0.0.3")).expect("written");
     fs::rename(folder.join(".a.yaml.swp"), folder.join("a.yaml")).expect("renamed");
     watch.expect("a", true).await;
-    // Half written, then whole.
+    // Half written, then complete.
     fs::write(folder.join("b.yaml"), &service("b", "10.0.0.4")[..60]).expect("written");
     assert!(matches!(watch.next().await, Change::Notes(_, notes) if notes.len() == 1));
     fs::write(folder.join("b.yaml"), service("b", "10.0.0.4")).expect("written");

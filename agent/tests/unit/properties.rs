@@ -1,4 +1,4 @@
-//! Laws of the image, the plan and Maglev, tried on random data.
+//! Laws of the image, the plan and Maglev, tested with random data.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -27,7 +27,7 @@ fn config(cases: u32) -> ProptestConfig {
     ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) }
 }
 
-/// Whatever a packet may meet, leads on.
+/// Checks that whatever a packet may find leads on.
 fn nothing_dangles(image: &Image) -> Result<(), String> {
     family_is_sound::<V4>(image)?;
     family_is_sound::<V6>(image)?;
@@ -112,7 +112,7 @@ fn sources_are_let_in(image: &Image) -> bool {
     })
 }
 
-/// Carries writes out one by one and looks at the maps in between.
+/// Carries out writes one by one and checks the maps in between.
 fn carry_out(image: &mut Image, writes: &[Write]) -> Result<(), TestCaseError> {
     for (index, write) in writes.iter().enumerate() {
         image.apply(write);
@@ -126,7 +126,7 @@ fn carry_out(image: &mut Image, writes: &[Write]) -> Result<(), TestCaseError> {
 
 // --- images ---------------------------------------------------------------------------------
 
-/// A service port of a random image: which id, whose, which backends, where its ranges lie.
+/// A service port of a random image: its id, name and backends, and the place of its ranges.
 #[derive(Clone, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is drawn by itself")]
 struct RandomPort {
@@ -275,7 +275,7 @@ fn random_image() -> impl Strategy<Value = Image> {
             }
             list_all::<V4>(&mut image);
             list_all::<V6>(&mut image);
-            // Of two ports with one name only the first is kept by a plan; images may hold both.
+            // Of two ports with one name a plan keeps only the first; images may have both.
             image
         },
     )
@@ -400,7 +400,7 @@ struct Wish {
     v6: bool,
     number: u16,
     load_balancer: bool,
-    /// Has a node port of its own.
+    /// Whether it has a node port of its own.
     node_port: bool,
     drops: bool,
     affinity_seconds: u32,
@@ -476,7 +476,7 @@ fn desired(index: u8, wish: &Wish) -> Desired {
         let cluster_ip = address(family, 200, index);
         let _ = port.frontends.insert((cluster_ip, wish.number), FrontendKind::ClusterIp);
         let _ = desired.addresses.insert(cluster_ip);
-        // One that all Services share.
+        // An address that all Services share.
         let _ = desired.addresses.insert(address(family, 202, 0));
         if wish.load_balancer {
             let at = (address(family, 201, index), wish.number);
@@ -570,7 +570,7 @@ fn batch(complete: bool, wishes: &BTreeMap<u8, Wish>) -> Batch {
     }
 }
 
-/// Service ports that have backends for a class.
+/// Returns the service ports that have backends, with the class.
 fn with_backends(image: &Image) -> BTreeSet<(u32, usize)> {
     let served = |(id, port): (&u32, &ServicePort)| {
         let id = *id;
@@ -580,7 +580,7 @@ fn with_backends(image: &Image) -> BTreeSet<(u32, usize)> {
     image.ports.iter().flat_map(served).collect()
 }
 
-/// So few slots that tables must shrink and Services be refused.
+/// Returns sizes with so few slots that tables must shrink and Services be refused.
 fn narrow() -> Sizes {
     Sizes {
         ports: 6,
@@ -597,7 +597,7 @@ proptest! {
     #![proptest_config(config(150))]
 
     #[test]
-    fn an_update_with_room_never_takes_all_backends_away_and_leaves_what_history_does_not_tell(rounds in rounds()) {
+    fn an_update_with_room_never_removes_all_backends_and_its_result_does_not_depend_on_history(rounds in rounds()) {
         let mut plan = Plan::new(Sizes::default());
         let mut maps = Image::default();
         let mut last = BTreeMap::new();
@@ -645,7 +645,7 @@ proptest! {
             }
             prop_assert!(maps.v4.services.len() <= 16 && maps.names.len() < 6);
         }
-        // When all but one Service go, it has all the room it wants.
+        // When all Services but one go, it has all the room that it wants.
         let keep = *known.first().unwrap_or(&0);
         let wish = simple(&[1, 2]);
         let gone = Batch { complete: false, services: known.iter().filter(|index| **index != keep).map(|index| (service(*index), Desired::default())).collect() };
@@ -673,7 +673,7 @@ proptest! {
         prop_assert!(only_bits, "{:#?}", update.writes);
         prop_assert_eq!(content(next.image()), content(plan.image()));
 
-        // Killed in the middle of an update, with a Service gone meanwhile.
+        // It is killed in the middle of an update, with a Service gone meanwhile.
         let gone = wishes.keys().next().copied();
         let mut later = plan.clone();
         let removal = Batch { complete: false, services: gone.map(|index| (service(index), Desired::default())).into_iter().collect() };
@@ -771,7 +771,7 @@ fn simple(endpoints: &[u8]) -> Wish {
 
 #[test]
 fn when_the_arena_is_full_updates_take_the_reserve_and_new_services_wait() {
-    // Room for two tables of four blocks, and one more in reserve.
+    // There is room for two tables of four blocks, and one more in reserve.
     let sizes = Sizes { slot_blocks: 12, reserve_blocks: 4, ..Sizes::default() };
     let mut plan = Plan::new(sizes);
     let first: BTreeMap<u8, Wish> = [(0, simple(&[1])), (1, simple(&[2]))].into();
@@ -785,7 +785,8 @@ fn when_the_arena_is_full_updates_take_the_reserve_and_new_services_wait() {
     assert_eq!(updated.notes[&service(0)], [], "an update never fails for room");
     assert_eq!(plan.image().v4.services.len(), 7, "what it freed goes to the one that waits");
 
-    // Full, the reserve too: the table is overwritten, and the service port parked meanwhile.
+    // The arena and its reserve are full: the table is overwritten, and the service port is parked
+    // meanwhile.
     let again = plan.update(&batch(false, &[(1, simple(&[2, 5]))].into()));
     assert_eq!(again.notes[&service(1)], []);
     let mut fresh = Plan::new(Sizes::default());
@@ -890,7 +891,7 @@ fn the_work_of_a_change_does_not_grow_with_the_cluster() {
         let _ = plan.update(&batch(true, &all));
         plan.update(&batch(false, &[(0, wish(4))].into())).writes.len()
     };
-    // Endpoints are shared by all Services here, so that the departed one's origins change but do
+    // All Services share endpoints here, so that the deleted one's reverse frontends change but do
     // not go.
     assert!(writes(250) <= writes(2) + 1);
 }
@@ -918,7 +919,7 @@ fn shares(table: &[(u32, u16)]) -> BTreeMap<(u32, u16), u32> {
     shares
 }
 
-/// Neighbouring addresses, as pods have them.
+/// Returns neighbouring addresses, as pods have them.
 fn endpoints() -> impl Strategy<Value = Vec<(u32, u16)>> {
     (any::<u32>(), 1..400_usize, 1..u16::MAX).prop_map(|(base, count, port)| {
         (0..count as u32).map(|offset| (base.wrapping_add(offset * 3), port)).collect()

@@ -17,7 +17,7 @@ use sluice_core::model::report::Flaw;
 use sluice_core::model::{Change, Desired, Event, Model, ObjectName, Settings, SourceId};
 use sluice_core::plan::{Plan, Sizes};
 
-/// From changes to the maps' intended content.
+/// Takes changes to the maps' intended content.
 struct Engine {
     model: Model,
     plan: Plan,
@@ -36,7 +36,7 @@ impl Engine {
         Self { model: Model::new(settings), plan, maps, synced: false }
     }
 
-    /// Takes in changes, and returns how many writes they lead to.
+    /// Applies changes, and returns the number of writes that follow.
     fn feed(&mut self, changes: impl IntoIterator<Item = Change>) -> usize {
         let synced = (!std::mem::replace(&mut self.synced, true)).then_some(Change::Synced);
         for change in changes.into_iter().chain(synced) {
@@ -178,7 +178,7 @@ fn sizes() -> Sizes {
     }
 }
 
-/// Somebody's Services that want more of something than there is, and one old Service of another
+/// Returns Services that want more of something than there is, and one old Service of another
 /// namespace.
 fn hog(wish: impl Fn(Wish) -> Wish, count: u8) -> Vec<Wish> {
     (0..count).map(|index| wish(Wish::new("aaa", index, Some(1_700_000_000)))).collect()
@@ -205,8 +205,9 @@ fn is_served_whole(engine: &Engine, wish: &Wish) {
     }
 }
 
-/// Whatever a namespace wants too much of, another one's Service is served: at a start, when it
-/// comes later, though it be the youngest, when it changes, and by an agent that takes over.
+/// Checks that whatever a namespace wants too much of, another one's Service is served: at a start,
+/// when it comes later even if it is the youngest, when it changes, and by an agent that takes
+/// over.
 fn leaves_room(hog: &[Wish], dns: &Wish) {
     let all = || hog.iter().flat_map(Wish::changes);
     let mut fresh = Engine::new(sizes());
@@ -229,7 +230,7 @@ fn leaves_room(hog: &[Wish], dns: &Wish) {
         assert_eq!(next.maps.v4.services, later.maps.v4.services, "who has something keeps it");
         assert_eq!(next.maps.names, later.maps.names);
         is_served_whole(&next, &more);
-        // When the others go, all the rest is served.
+        // When the others go, the rest is served.
         let _ = next.feed(hog.iter().flat_map(Wish::gone));
         assert_eq!(next.refused("aaa"), [] as [String; 0]);
         is_served_whole(&next, &more);
@@ -269,7 +270,7 @@ fn a_namespace_that_wants_all_source_ranges_leaves_others_theirs() {
 
 #[test]
 fn a_namespace_that_wants_all_slots_leaves_others_theirs() {
-    // Fewer blocks than the tables of all take.
+    // There are fewer blocks than all tables take.
     let sizes = Sizes { slot_blocks: 600, reserve_blocks: 40, ..Sizes::default() };
     let mut engine = Engine::new(sizes);
     let _ = engine
@@ -338,7 +339,7 @@ fn a_load_balancer_whose_source_ranges_have_no_room_is_not_served_at_its_address
     let fewer = Wish { ranges: 3, ..wish.clone() };
     let _ = engine.feed(fewer.changes());
     assert!(engine.serves(wish.balancer(), 1_000));
-    // One that is served goes on with those that it has.
+    // A Service that is served goes on with its present source ranges.
     let _ = engine.feed(wish.changes());
     assert!(engine.serves(wish.balancer(), 1_000));
     assert_eq!((engine.maps.v4.source_ranges.len(), engine.refused("a").len()), (4, 1));
@@ -366,7 +367,7 @@ fn the_four_least_frontends_answer_for_an_endpoint_of_many_service_ports() {
     };
     let mut engine = Engine::new(Sizes::default());
     let _ = engine.feed(same(100));
-    // What answers for them are the four least frontends, whichever Service came first.
+    // The four least frontends answer for them, whichever Service came first.
     let least: Vec<_> = (0..4).map(|index| Wish::new("same", index, None).cluster_ip).collect();
     assert_eq!(engine.maps.v4.origins.len(), 4);
     for origins in engine.maps.v4.origins.values() {
@@ -385,7 +386,7 @@ fn the_four_least_frontends_answer_for_an_endpoint_of_many_service_ports() {
 
 // --- circles --------------------------------------------------------------------------------
 
-/// A Service and its endpoints, of so few addresses that endpoints are often frontends.
+/// A Service and its endpoints, with so few addresses that endpoints are often frontends.
 #[derive(Clone, Debug)]
 struct Knot {
     created: Option<i64>,

@@ -120,8 +120,8 @@ fn a_quarter_of_a_million_endpoints() {
     assert!(worst < Duration::from_millis(50));
 }
 
-/// 53 Services with 100 ports each, all over the same 50 pods: 265 000 backends, more than there
-/// are.
+/// There are 53 Services with 100 ports each, all over the same 50 pods: 265 000 backends, more
+/// than the maps hold.
 #[test]
 #[ignore = "wants an optimised build"]
 fn the_same_endpoints_behind_thousands_of_service_ports() {

@@ -166,7 +166,8 @@ fn print_family<F: Stack>(image: &Image, history: bool, text: &mut String) {
     }
 }
 
-/// A bit is set for the port number of each node port; those of node ports that are gone linger.
+/// Checks that a bit is set for the port number of each node port; those of removed node ports
+/// linger.
 fn assert_node_ports(image: &Image) {
     let v4 = image.v4.services.iter().map(|(key, service)| (key.port, service.kind));
     let v6 = image.v6.services.iter().map(|(key, service)| (key.port, service.kind));
@@ -269,11 +270,12 @@ fn print_port<F: Stack>(image: &Image, id: u32, history: bool, text: &mut String
     }
 }
 
-/// The changes of a folder, in some order; that all have been delivered comes first or last.
+/// Delivers the changes of a folder in some order; that everything has been delivered comes first
+/// or last.
 fn arrive(changes: &[Change], seed: u64, one_by_one: bool, engine: &mut Engine) {
     let mut order: Vec<(u64, &Change)> = Vec::new();
     for (index, change) in changes.iter().enumerate() {
-        // The remainder of multiplication by a generator visits each place once.
+        // Multiplication by a generator, modulo a prime, visits each index once.
         order.push(((index as u64 + 1).wrapping_mul(seed) % 65_537, change));
     }
     order.sort_by_key(|(place, _)| *place);
@@ -388,7 +390,7 @@ fn every_scenario_ends_as_written() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-/// Endpoints of one Service, as many as asked for, a hundred in each slice.
+/// Returns manifests of one Service's endpoints, a hundred in each slice.
 fn crowd(count: usize) -> String {
     let mut text = String::from(
         "apiVersion: v1\nkind: Service\nmetadata: {name: crowd, namespace: default}\nspec:\n  clusterIP: 10.96.0.1\n  ports: [{port: 80}]\n",

@@ -20,7 +20,7 @@ struct Case {
     endpoints: &'static [&'static str],
     /// Internal and external policy: `C` (Cluster) or `L` (Local).
     policies: &'static str,
-    /// With an external address.
+    /// Whether it has an external address.
     external: bool,
     cluster: &'static str,
     local: &'static str,

@@ -28,8 +28,8 @@ pub trait Store<K, V> {
     fn update(&self, key: &K, change: impl FnOnce(&mut V)) -> bool;
 }
 
-/// The layout that a program writes. It is requested where it is needed: a value that is kept across
-/// lookups takes room on the kernel's stack.
+/// The layout that a program writes. It is requested where it is needed: a value that is kept
+/// across lookups takes room on the kernel's stack.
 pub trait Written {
     /// Whether this layout is the one that is written.
     fn is_current(&self) -> bool;
@@ -94,8 +94,7 @@ impl<N, B, W: Written> Both<N, B, W> {
         N: Store<K, V>,
         B: Store<K, V::Before>,
     {
-        let writes_current = self.written.is_current();
-        let is_elsewhere = if writes_current {
+        let is_elsewhere = if self.written.is_current() {
             self.before.get(key).is_some()
         } else {
             self.now.get(key).is_some()
@@ -103,7 +102,7 @@ impl<N, B, W: Written> Both<N, B, W> {
         if is_elsewhere && only_new {
             return Err(InsertError::Exists);
         }
-        if writes_current {
+        if self.written.is_current() {
             self.now.insert(key, value, only_new)?;
             self.before.remove(key);
         } else {

@@ -245,8 +245,10 @@ fn note_open_to_all(
 ) {
     for (vip, _) in vips.iter().filter(|(_, kind)| **kind == FrontendKind::LoadBalancer) {
         notes.add(subject, Flaw::OpenToAll, || {
-            let what =
-                format!("none is a range of {} addresses: everybody may use {vip}", family.word());
+            let what = format!(
+                "none is a range of {} addresses: everybody may reach {vip}",
+                family.word()
+            );
             ("spec.loadBalancerSourceRanges".into(), what)
         });
     }
@@ -256,7 +258,7 @@ fn note_open_to_all(
 fn is_local(word: &str, field: &str, subject: &Subject, notes: &mut Notebook) -> bool {
     if !matches!(word, "" | "Cluster" | "Local") {
         notes.add(subject, Flaw::BadValue, || {
-            (field.into(), format!("{word:?} is neither Cluster nor Local: Cluster counts"))
+            (field.into(), format!("{word:?} is neither Cluster nor Local: treated as Cluster"))
         });
     }
     word == "Local"
@@ -268,7 +270,7 @@ fn affinity_seconds(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook)
         || {
             notes.add(subject, Flaw::BadValue, || {
                 let what =
-                    format!("{seconds} is not in 1 to {AFFINITY_MAX}: {AFFINITY_DEFAULT} counts");
+                    format!("{seconds} is not in 1 to {AFFINITY_MAX}: {AFFINITY_DEFAULT} is used");
                 ("spec.sessionAffinityConfig.clientIP.timeoutSeconds".into(), what)
             });
             AFFINITY_DEFAULT
@@ -392,7 +394,8 @@ fn vips(
             notes.add(subject, Flaw::ExternalIp, || {
                 (
                     field(),
-                    "is served: who may write Services may take any address in this way".into(),
+                    "is served: anyone who may write Services can claim any address in this way"
+                        .into(),
                 )
             });
         }
@@ -523,13 +526,13 @@ fn ports(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) -> Vec<Ser
         let field = |part: &str| format!("spec.ports[{index}]{part}");
         let Some(protocol) = Protocol::from_word(protocol) else {
             notes.add(subject, Flaw::UnsupportedProtocol, || {
-                (field(".protocol"), format!("{protocol} is not balanced: the port is not served"))
+                (field(".protocol"), format!("{protocol} is not supported: the port is not served"))
             });
             continue;
         };
         let Some(number) = port_number(*number) else {
             notes.add(subject, Flaw::BadPort, || {
-                (field(".port"), format!("{number} is no port: it is not served"))
+                (field(".port"), format!("{number} is not a valid port: it is not served"))
             });
             continue;
         };
@@ -572,7 +575,7 @@ fn served_node_port<'a>(
         return None;
     }
     let Some(number) = port_number(node_port) else {
-        note(Flaw::BadPort, format!("{node_port} is no port: it is not served"));
+        note(Flaw::BadPort, format!("{node_port} is not a valid port: it is not served"));
         return None;
     };
     if others.any(|other| other.node_port == Some(number)) {
@@ -715,7 +718,7 @@ fn slice_port(
     let field = |part: &str| format!("ports[{index}]{part}");
     let Some(protocol) = Protocol::from_word(&port.protocol) else {
         notes.add(subject, Flaw::UnsupportedProtocol, || {
-            let what = format!("{} is not balanced: the port is left out", port.protocol);
+            let what = format!("{} is not supported: the port is left out", port.protocol);
             (field(".protocol"), what)
         });
         return None;
@@ -724,7 +727,7 @@ fn slice_port(
     if number.is_none() {
         notes.add(subject, Flaw::BadPort, || {
             let what = match port.number {
-                Some(number) => format!("{number} is no port: left out"),
+                Some(number) => format!("{number} is not a valid port: left out"),
                 None => "a slice for every port is not served: left out".into(),
             };
             (field(".port"), what)

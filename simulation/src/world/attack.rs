@@ -108,9 +108,9 @@ impl World<'_> {
         self.send(from, segment.packet(tag));
     }
 
-    /// Records that a forged packet may take over what its source has at endpoints whose sockets are
-    /// not looked up: those behind a bridge, all of SCTP's, and for what does not open a connection
-    /// all others, since the socket there may be the flow's own.
+    /// Records that a forged packet may take over what its source has at endpoints whose sockets
+    /// are not looked up: those behind a bridge, all of SCTP's, and for what does not open a
+    /// connection all others, since the socket there may be the flow's own.
     fn take_unseen(&self, number: u8, source: SocketAddr, opens: bool) {
         let hosts = self.hosts.borrow();
         let unseen = hosts.iter().enumerate().filter(|(host, _)| {

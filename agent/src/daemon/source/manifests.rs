@@ -102,7 +102,7 @@ pub async fn watch(path: PathBuf, sink: mpsc::Sender<Event>, pulse: Pulse) {
 /// Records that the directory cannot be read.
 fn unreadable(path: &Path, error: &std::io::Error, pulse: &Pulse) -> Change {
     let why = format!(
-        "cannot read the directory {}: {error}; its last objects still count",
+        "cannot read the directory {}: {error}; its last objects remain in effect",
         path.display()
     );
     pulse.failed(why.clone());

@@ -15,7 +15,8 @@ pub(crate) struct Backend {
     #[serde(flatten)]
     pub(crate) name: PortName,
     /// The address and port.
-    pub(crate) backend: String,
+    #[serde(rename = "backend")]
+    pub(crate) address: String,
     /// The pod, as `namespace/name`; null if no source names it.
     pub(crate) pod: Option<String>,
     /// The pod's node; null if no source names it.
@@ -113,7 +114,7 @@ pub(crate) fn backends(
         let pod = names.endpoint(&name.namespace, backend.address.ip());
         rows.push(Backend {
             name,
-            backend: backend.address.to_string(),
+            address: backend.address.to_string(),
             pod: pod.map(|pod| pod.name.to_string()),
             node: pod.and_then(|pod| pod.node.clone()),
             id: backend.id,
@@ -132,6 +133,6 @@ pub(crate) fn backends(
             sockets: (&backend).into(),
         });
     }
-    rows.sort_by(|a, b| (&a.name, &a.backend).cmp(&(&b.name, &b.backend)));
+    rows.sort_by(|a, b| (&a.name, &a.address).cmp(&(&b.name, &b.address)));
     rows
 }

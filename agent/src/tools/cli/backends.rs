@@ -36,7 +36,7 @@ impl Item for Backend {
         let mood = if self.state == "serving" { Mood::Good } else { Mood::Warning };
         vec![
             name.to_string().into(),
-            self.backend.clone().into(),
+            self.address.clone().into(),
             Text::new(self.state, Some(mood)),
             format!("{:.0}%", self.share).into(),
             (self.flows + sockets.connections).to_string().into(),
@@ -58,7 +58,7 @@ impl Item for Backend {
     }
 
     fn name(&self) -> String {
-        format!("backend/{}/{}", self.name, self.backend)
+        format!("backend/{}/{}", self.name, self.address)
     }
 
     fn namespace(&self) -> Option<&str> {

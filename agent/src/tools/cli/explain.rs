@@ -35,8 +35,9 @@ use parties::{Directory, Party, Resolved};
 pub(super) struct ExplainArgs {
     /// The protocol (tcp, udp or sctp; a Service's own, else tcp), the client and the destination.
     ///
-    /// Each is ADDRESS:PORT ([ADDRESS]:PORT for IPv6), pod/[NAMESPACE/]NAME or node/NAME. The
-    /// client may also be external, and the destination svc/[NAMESPACE/]NAME[:PORT].
+    /// Each is an address and port, pod/NAME or node/NAME. The client may also be external, and the
+    /// destination svc/NAME:PORT. Names of pods and Services may have a namespace before them, as
+    /// in pod/shop/client.
     #[arg(value_name = "QUESTION", num_args = 2..=3, required = true)]
     question: Vec<String>,
     /// The namespace of names that are given without one [default: default for pods, any for
@@ -136,11 +137,11 @@ struct Told<'a> {
 /// is not where it is said to be.
 pub(super) fn run(args: ExplainArgs, places: &Places) -> anyhow::Result<Outcome> {
     let asked = Asked::parse(&args)?;
-    let (output, names) = (args.output.clone(), args.names.clone());
+    let output = args.output.clone();
     let (answers, question, names, context) = if args.manifests.is_some() {
         of_manifests(args, &asked)?
     } else {
-        of_maps(args, &asked, &names, places)?
+        of_maps(&args, &asked, &args.names, places)?
     };
     let told = Told {
         question: &question,
@@ -300,7 +301,7 @@ fn of_manifests(
 }
 
 fn of_maps(
-    args: ExplainArgs,
+    args: &ExplainArgs,
     asked: &Asked,
     sources: &NamesArgs,
     places: &Places,
@@ -330,7 +331,7 @@ fn of_maps(
         Names::default()
     };
     let directory = Directory { names: &names, image: &world.image, node: &node };
-    let question = asked.question(&args, directory)?;
+    let question = asked.question(args, directory)?;
     if args.path.is_none() && args.device.is_none() {
         check_route(&question, &world, &live)?;
     }

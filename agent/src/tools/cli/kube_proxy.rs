@@ -165,7 +165,8 @@ const FIELDS: [(&str, &str); 55] = [
 ///
 /// # Errors
 ///
-/// Fails if the configuration file cannot be read, or asks for something that Sluice does not support.
+/// Fails if the configuration file cannot be read, or asks for something that Sluice does not
+/// support.
 pub(super) fn expand(words: Vec<OsString>) -> anyhow::Result<Expanded> {
     let Some(at) = words.iter().position(|word| word == "agent") else {
         return Ok(Expanded { words, ..Expanded::default() });

@@ -83,8 +83,8 @@ impl Manifests {
     ///
     /// # Errors
     ///
-    /// Fails if the directory or file cannot be read, or when it has Nodes but not the requested one,
-    /// and the policy does not give its addresses. Problems with objects are in the model's
+    /// Fails if the directory or file cannot be read, or when it has Nodes but not the requested
+    /// one, and the policy does not give its addresses. Problems with objects are in the model's
     /// reports.
     pub fn read(mut options: Options) -> Result<Self, ReadError> {
         let changes = Folder::new(options.path.clone()).scan()?;

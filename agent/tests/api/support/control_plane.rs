@@ -23,11 +23,12 @@ pub(crate) const ELSEWHERE: &str = "elsewhere";
 /// The API server's port.
 pub(crate) const PORT: u16 = 6443;
 
-/// Endpoints the real controller puts into a slice: few, so that few pods make many slices.
+/// Number of endpoints that the real controller puts into a slice: few, so that few pods make many
+/// slices.
 pub(crate) const SLICE_ENDPOINTS: usize = 8;
 
 const ETCD: &str = "http://127.0.0.1:2379";
-/// Longer than it takes on a busy machine.
+/// Longer than the start takes on a busy machine.
 const START: Duration = Duration::from_mins(1);
 
 /// A control plane, ended when this is dropped.
@@ -39,7 +40,7 @@ pub(crate) struct ControlPlane {
     processes: Mutex<Processes>,
 }
 
-/// In the order in which they are to end.
+/// The processes, in the order in which they are to end.
 #[derive(Default)]
 struct Processes {
     controllers: Option<Running>,
@@ -118,7 +119,7 @@ impl ControlPlane {
                 "apiVersion": "v1", "kind": "Config", "current-context": "lab",
                 "clusters": [{"name": "lab", "cluster": {
                     "server": self.url(PORT),
-                    // What the API server makes for itself on its first start.
+                    // The objects that the API server creates on its first start.
                     "certificate-authority": self.folder.join("certificates/apiserver.crt"),
                 }}],
                 "users": [{"name": user, "user": {"token": format!("{user}-token")}}],
@@ -144,9 +145,9 @@ impl ControlPlane {
             format!("--service-account-key-file={}", file("service-accounts.key")),
             format!("--service-account-signing-key-file={}", file("service-accounts.key")),
             "--service-cluster-ip-range=10.96.0.0/16,fd00:a60::a:0/112".into(),
-            // As every cluster that a Service proxy of any kind can be deployed on.
+            // As in every cluster in which a Service proxy can be deployed.
             "--allow-privileged".into(),
-            // No controller here makes the accounts that pods would need.
+            // No controller here creates the accounts that pods would need.
             "--disable-admission-plugins=ServiceAccount".into(),
         ];
         all.extend(args.iter().map(|arg| (*arg).to_owned()));
@@ -173,20 +174,19 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// Ends the API server as on a machine that loses power: no connection is closed by its own
-    /// doing.
+    /// Kills the API server as on a machine that loses power: it closes no connection itself.
     pub(crate) fn kill_server(&self) -> Result<()> {
         let server = self.processes().server.take();
         server.context("the API server is not running")?.kill().map(drop)
     }
 
-    /// Ends the API server in good order.
+    /// Ends the API server cleanly.
     pub(crate) fn stop_server(&self) -> Result<()> {
         let server = self.processes().server.take();
         server.context("the API server is not running")?.stop().map(drop)
     }
 
-    /// Asks the API server as the one who may do anything, by a connection of its own.
+    /// Sends a request to the API server as the administrator, on a connection of its own.
     ///
     /// # Errors
     /// If it cannot be reached, or refuses.

@@ -12,11 +12,11 @@ pub(crate) struct Space {
     name: String,
 }
 
-/// A pod that some kubelet might report.
+/// A pod as a kubelet might report it.
 #[derive(Clone, Copy)]
 pub(crate) struct Pod<'a> {
     pub(crate) name: &'a str,
-    /// The node it is on.
+    /// Its node.
     pub(crate) node: &'a str,
     /// Its addresses.
     pub(crate) ips: &'a [&'a str],
@@ -33,7 +33,7 @@ fn kind_path(namespace: &str, kind: &str) -> String {
 }
 
 impl Space {
-    /// A new namespace.
+    /// Creates a namespace.
     pub(crate) fn new(cluster: &Arc<Cluster>, name: &str) -> Self {
         let this = Self { cluster: Arc::clone(cluster), name: name.to_owned() };
         let namespace =
@@ -56,7 +56,7 @@ impl Space {
         if name.is_empty() { path } else { format!("{path}/{name}") }
     }
 
-    /// Makes an object of a kind (`services`, `endpointslices`, ...).
+    /// Creates an object of a kind (`services`, `endpointslices`, ...).
     #[track_caller]
     pub(crate) fn create(&self, kind: &str, object: &Value) {
         self.ask("POST", &self.path(kind, ""), Some(object));
@@ -74,25 +74,25 @@ impl Space {
         self.ask("DELETE", &self.path(kind, name), None);
     }
 
-    /// Deletes the namespace; the real controller then deletes all in it.
+    /// Deletes the namespace; the real controller then deletes everything in it.
     #[track_caller]
     pub(crate) fn delete_all(&self) {
         self.ask("DELETE", &format!("/api/v1/namespaces/{}", self.name), None);
     }
 
-    /// Makes a Service of a spec.
+    /// Creates a Service from a spec.
     #[track_caller]
     pub(crate) fn service(&self, name: &str, spec: &Value) {
         self.create("services", &json!({"metadata": {"name": name}, "spec": spec}));
     }
 
-    /// Makes a Service with one port, 80, that nobody but the test makes slices for.
+    /// Creates a Service with one port, 80, for which only the test creates slices.
     #[track_caller]
     pub(crate) fn bare_service(&self, name: &str, vip: &str) {
         self.service(name, &json!({"clusterIP": vip, "ports": [{"port": 80, "targetPort": 8080}]}));
     }
 
-    /// Makes a slice of an unnamed port with ready endpoints.
+    /// Creates a slice of an unnamed port with ready endpoints.
     #[track_caller]
     pub(crate) fn slice(&self, name: &str, service: &str, port: u16, addresses: &[&str]) {
         let endpoints: Vec<Value> =
@@ -106,7 +106,7 @@ impl Space {
         );
     }
 
-    /// Makes a pod that runs and is not ready yet.
+    /// Creates a pod that runs and is not ready yet.
     #[track_caller]
     pub(crate) fn pod(&self, pod: &Pod) {
         self.create(
@@ -127,7 +127,7 @@ impl Space {
         self.edit("pods", &format!("{}/status", pod.name), &json!({"status": status}));
     }
 
-    /// Says whether a pod is ready.
+    /// Sets whether a pod is ready.
     #[track_caller]
     pub(crate) fn set_ready(&self, pod: &str, ready: bool) {
         let condition = json!({"type": "Ready", "status": if ready { "True" } else { "False" }});
@@ -138,7 +138,7 @@ impl Space {
         );
     }
 
-    /// Makes a pod that is ready.
+    /// Creates a pod that is ready.
     #[track_caller]
     pub(crate) fn ready_pod(&self, pod: &Pod) {
         self.pod(pod);

@@ -47,7 +47,7 @@ pub(crate) fn programmed(node: &Node, namespace: &str) -> Result<Programmed, Str
     for service in services {
         for vip in service.vips.iter().filter(|vip| !vip.starts_with('*')) {
             let vip: IpAddr = vip.parse().map_err(|error| format!("{vip}: {error}"))?;
-            // A service port has an id in each family, and names alone do not tell them apart.
+            // A service port has an id in each family, so names alone are ambiguous.
             let own = backends
                 .iter()
                 .filter(|row| {
@@ -73,7 +73,7 @@ fn rows<T: DeserializeOwned>(node: &Node, args: &[&str]) -> Result<Vec<T>, Strin
     Ok(list.items)
 }
 
-/// Waits until exactly this is programmed of a namespace.
+/// Waits until exactly this is programmed for a namespace.
 #[track_caller]
 pub(crate) fn expect(node: &Node, namespace: &str, wanted: &[(&str, &[&str])]) {
     let wanted: Programmed = wanted
@@ -106,7 +106,7 @@ pub(crate) fn problem(node: &Node) -> Option<String> {
     status(node).pointer("/last/sources/0/problem").and_then(Value::as_str).map(ToOwned::to_owned)
 }
 
-/// Waits until the agent says that something is wrong with the API server, or that nothing is.
+/// Waits until the agent reports a problem with the API server, or none.
 #[track_caller]
 pub(crate) fn expect_problem(node: &Node, wanted: bool, timeout: Duration) {
     wait_for(&format!("a problem: {wanted}"), timeout, || {

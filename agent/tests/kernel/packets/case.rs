@@ -226,9 +226,11 @@ impl Case {
         self
     }
 
-    /// Is dropped, whatever was written into it before.
+    /// Expects the program, at tc or XDP, to drop the packet and count it with a reason, whatever
+    /// was written into it before.
     pub(crate) fn dropped(self, reason: Reason, service_port: u32) -> Self {
-        self.ends(End::Drop).reason(reason, service_port)
+        let end = if self.program == Program::Xdp { End::XdpDrop } else { End::Drop };
+        self.ends(end).reason(reason, service_port)
     }
 
     /// Expects the packet to be counted with a reason.

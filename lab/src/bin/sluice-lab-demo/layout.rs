@@ -18,7 +18,7 @@ pub(crate) fn cluster_ips() -> [IpAddr; 2] {
     ]
 }
 
-/// ... and those for the outside.
+/// Returns the service's addresses for the outside.
 pub(crate) fn load_balancer_ips() -> [IpAddr; 2] {
     [
         Ipv4Addr::new(203, 0, 113, 10).into(),
@@ -26,7 +26,7 @@ pub(crate) fn load_balancer_ips() -> [IpAddr; 2] {
     ]
 }
 
-/// One node, a client pod, three backend pods, a client outside.
+/// The layout: one node, a client pod, three backend pods, a client outside.
 pub(crate) struct Layout {
     pub(crate) node: Node,
     pub(crate) manifests: Manifests,
@@ -100,7 +100,7 @@ impl Layout {
         self.backend_names().into_iter().take(2).collect()
     }
 
-    /// Returns the lab, drawn.
+    /// Returns a drawing of the lab.
     pub(crate) fn picture(&self) -> String {
         let [cluster4, cluster6] = cluster_ips();
         let [outside4, outside6] = load_balancer_ips();

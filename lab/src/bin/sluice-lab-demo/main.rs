@@ -1,5 +1,5 @@
-//! Sluice at work on one node, in under two minutes: real pods, real requests, and a check behind
-//! every claim.
+//! Shows Sluice at work on one node, in under two minutes: real pods, real requests, and a check
+//! behind every claim.
 
 mod layout;
 mod shares;
@@ -69,7 +69,7 @@ impl Progress {
         println!("{}", self.paint("1", &format!("[{seconds:5.2} s] {text}")));
     }
 
-    /// Paints with an ANSI attribute, on a terminal.
+    /// Adds an ANSI attribute to a text, on a terminal.
     pub(crate) fn paint(&self, attribute: &str, text: &str) -> String {
         if self.colour { format!("\x1b[{attribute}m{text}\x1b[0m") } else { text.to_owned() }
     }
@@ -198,13 +198,13 @@ fn describe(talks: &[Talk]) -> String {
     counts.iter().map(|(name, count)| format!("{count} to {name}")).collect::<Vec<_>>().join(", ")
 }
 
-/// Takes a backend out of the manifest, and waits until new requests keep away from it.
+/// Removes a backend from the manifest, and waits until new requests keep away from it.
 fn scale_away(layout: &Layout, progress: &Progress) -> Result<()> {
     let gone = layout.leaving().name();
     let begun = Instant::now();
     layout.write_service(false)?;
     loop {
-        // A backend of three misses 40 requests by chance once in ten million times.
+        // A backend of three gets none of 40 requests by chance once in ten million times.
         let replies =
             layout.client_pod().udp_ask((layout::cluster_ips()[1], layout::DNS).into(), 40)?;
         if replies.iter().all(|reply| reply.name != gone) {
@@ -222,7 +222,7 @@ fn scale_away(layout: &Layout, progress: &Progress) -> Result<()> {
     Ok(())
 }
 
-/// Checks that every connection has gone on since it was last looked at, with the same backend.
+/// Checks that every connection has gone on since the last check, with the same backend.
 fn survive(talks: &mut [Talk]) -> Result<()> {
     sleep(Duration::from_millis(300));
     for talk in talks {

@@ -10,16 +10,16 @@ use sluice_lab::{Namespace, Reply};
 use crate::Progress;
 use crate::layout::{self, Layout};
 
-/// Requests of each of the twelve ways: three clients, two families, two protocols.
+/// Number of requests in each of the twelve ways: three clients, two families, two protocols.
 const EACH: u32 = 20;
 
-/// Answers by backend, for each way and together.
+/// Answers by backend, for each way and in all.
 pub(crate) struct Shares {
     ways: Vec<(String, BTreeMap<String, usize>)>,
     all: BTreeMap<String, usize>,
 }
 
-/// Sends requests every way there is. Each has to be answered, from the address that was asked.
+/// Sends requests in every way. Each has to be answered, from the address that it was sent to.
 pub(crate) fn measure(layout: &Layout) -> Result<Shares> {
     let clients: [(&str, &Namespace, [_; 2]); 3] = [
         ("pod", layout.client_pod(), layout::cluster_ips()),
@@ -69,8 +69,8 @@ impl Shares {
         self.all.get(name).copied().unwrap_or(0)
     }
 
-    /// Each of `present` has at least half its fair share; none of `absent` has anything; nobody
-    /// else answered.
+    /// Checks that each of `present` has at least half its fair share, that none of `absent` has
+    /// anything, and that nobody else answered.
     pub(crate) fn check(&self, present: &[&str], absent: &[&str]) -> Result<()> {
         for name in present {
             let (got, least) = (self.of(name), self.total() / present.len() / 2);

@@ -1,4 +1,4 @@
-//! The clients but HTTP.
+//! The clients other than HTTP.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{IpAddr, SocketAddr};
@@ -118,7 +118,7 @@ fn ask_by(
         socket.set_read_timeout(Some(left))?;
         let (length, from) = socket.recv_from(&mut buffer).context("no answer")?;
         let text = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default());
-        // An answer to an earlier request, come too late, is passed over.
+        // An answer to an earlier request that comes too late is skipped.
         match parse_reply(&text, seq, plain(from), asked, start) {
             Some((reply, data)) if data.split(' ').next() == Some(&seq.to_string()) => {
                 return Ok((reply, length as u64));
@@ -193,7 +193,7 @@ pub(crate) fn tcp(asking: &TcpAsking) -> Result<bool> {
     let mut lines = BufReader::new(writer.try_clone()?).lines();
     let (mut seq, mut bytes) = (0, 0);
     let broken = loop {
-        // The greeting comes before the first request and is no answer to any.
+        // The greeting precedes the first request and answers none.
         let greeted = if seq == 0 { read_line(&mut lines).map(drop) } else { Ok(()) };
         let asked = Instant::now();
         let answer = greeted.and_then(|()| {

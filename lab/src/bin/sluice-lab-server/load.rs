@@ -1,5 +1,5 @@
-//! A steady load: connections that stay and are asked again and again, and new ones at a fixed
-//! rate, all counted.
+//! A steady load: connections that stay and carry requests, and new ones at a fixed rate, all
+//! counted.
 
 use std::cell::RefCell;
 use std::io::{self, ErrorKind};
@@ -19,7 +19,7 @@ use crate::socket::{plain, report};
 
 /// The time after which a packet must have been lost: the kernel sends a SYN again after a second.
 const SLOW: Duration = Duration::from_millis(900);
-/// Failures that are told in words.
+/// Number of failures that are described.
 const TOLD: usize = 8;
 /// The pause between the openings of two connections that stay.
 const APART: Duration = Duration::from_millis(1);
@@ -59,7 +59,7 @@ pub(crate) fn run(loading: &Loading) -> Result<bool> {
     Ok(counts.borrow().failures() == 0)
 }
 
-/// As many descriptors as the kernel lets this process have.
+/// Raises the limit of descriptors to what the kernel lets this process have.
 pub(crate) fn more_descriptors() -> Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the struct is live.
@@ -85,7 +85,7 @@ async fn drive(loading: &Loading, counts: &Counts) -> Result<()> {
         time::sleep(APART).await;
     }
     let mut next = time::interval(Duration::from_secs(1) / loading.rate.max(1));
-    // What a busy machine could not send in time is sent late, and not left out.
+    // Requests that a busy machine could not send in time are sent late, not left out.
     next.set_missed_tick_behavior(MissedTickBehavior::Burst);
     let mut told = time::interval(Duration::from_millis(loading.report_ms.max(1)));
     told.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -107,7 +107,7 @@ async fn drive(loading: &Loading, counts: &Counts) -> Result<()> {
     }
 }
 
-/// A connection that stays until it fails.
+/// Keeps a connection with requests until it fails.
 async fn hold(loading: Loading, to: SocketAddr, number: u32, counts: Counts) {
     let mut is_open = false;
     let result = async {
@@ -129,7 +129,7 @@ async fn hold(loading: Loading, to: SocketAddr, number: u32, counts: Counts) {
     count(&mut counts, &format!("held connection {number} to {to}"), failure);
 }
 
-/// A new connection for one request.
+/// Opens a connection for one request.
 async fn ask_once(loading: Loading, to: SocketAddr, number: u32, counts: Counts) {
     counts.borrow_mut().tried += 1;
     let result = async {
@@ -192,7 +192,7 @@ impl Line {
         Ok(line)
     }
 
-    /// Sends a line, and sees that the same server answers with it.
+    /// Sends a line, and checks that the same server answers with it.
     async fn ask(&mut self, text: &str, counts: &Counts) -> io::Result<()> {
         let begun = Instant::now();
         self.stream.get_mut().write_all(format!("{text}\n").as_bytes()).await?;

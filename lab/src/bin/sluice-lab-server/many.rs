@@ -13,7 +13,7 @@ use sluice_lab::Event;
 use crate::load::more_descriptors;
 use crate::socket::{any, connect, ms_since, plain, report};
 
-/// Connections that the kernel keeps for a server that does not accept them, as far as
+/// Number of connections that the kernel keeps for a server that does not accept them, as far as
 /// `net.core.somaxconn` allows.
 const BACKLOG: libc::c_int = 65_535;
 
@@ -36,7 +36,7 @@ pub(crate) struct Opening {
     hold_ms: u64,
 }
 
-/// Has the kernel establish connections, and accepts none: each would cost a descriptor.
+/// Lets the kernel establish connections, and accepts none: each would cost a descriptor.
 pub(crate) fn hold(address: SocketAddr) -> Result<()> {
     let listener =
         TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;

@@ -54,14 +54,14 @@ pub(crate) fn relay(relaying: &Relaying) -> Result<()> {
         let length = tun.read(&mut packet).context("the tun device is gone")?;
         let packet = packet.get(..length).unwrap_or_default();
         if let Some(peer) = pod_range_of(packet).and_then(|number| peers.get(&number)) {
-            // Lost as on a wire.
+            // The packet is lost, as on a wire.
             let _ = socket.send_to(packet, peer);
         }
     }
 }
 
-/// Gives a socket room for more packets than TCP sends at once while this process waits for a CPU:
-/// what a tun device loses is nothing that a test is about.
+/// Gives a socket room for more packets than TCP sends at once while this process waits for a CPU.
+/// No test is about packets that a tun device loses.
 fn hold_bursts(socket: &UdpSocket) -> Result<()> {
     let bytes: libc::c_int = 16 << 20;
     // SAFETY: the option takes an integer, which lives until the call returns.

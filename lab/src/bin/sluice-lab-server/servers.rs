@@ -1,4 +1,4 @@
-//! The servers but HTTP.
+//! The servers other than HTTP.
 
 use std::io::Write as _;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -12,7 +12,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _};
 use crate::load::more_descriptors;
 use crate::socket::{plain, report};
 
-/// Takes connections for ever, a thread each.
+/// Accepts connections for ever, with a thread for each.
 pub(crate) fn accept(
     address: SocketAddr,
     name: &str,
@@ -28,14 +28,14 @@ pub(crate) fn accept(
         };
         let (name, client) = (name.to_owned(), plain(client).to_string());
         let _ = thread::spawn(move || {
-            // How a conversation ends is the client's to tell.
+            // The client reports how a conversation ends.
             let _ = stream.set_nodelay(true);
             let _ = speak(stream, &name, &client);
         });
     }
 }
 
-/// All connections in one thread: thousands stay open while hundreds a second come and go.
+/// Serves all connections in one thread: thousands stay open while hundreds a second come and go.
 pub(crate) fn tcp_echo(address: SocketAddr, name: &str) -> Result<()> {
     more_descriptors()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -48,7 +48,7 @@ pub(crate) fn tcp_echo(address: SocketAddr, name: &str) -> Result<()> {
             // A client that left between its handshake and here is no reason to end.
             let Ok((stream, client)) = listener.accept().await else { continue };
             let who = format!("{name} {}", plain(client));
-            // How a conversation ends is the client's to tell.
+            // The client reports how a conversation ends.
             drop(tokio::spawn(async move { echo(stream, &who).await }));
         }
     })
@@ -69,7 +69,7 @@ async fn echo(stream: tokio::net::TcpStream, who: &str) -> std::io::Result<()> {
 pub(crate) fn stream(address: SocketAddr, name: &str, interval_ms: u64) -> Result<()> {
     if interval_ms == 0 {
         return accept(address, name, |mut stream, name, client| {
-            // Whole batches of lines: one call a line would measure the calls.
+            // Lines are sent in batches: one call a line would measure the calls.
             for batch in 0u64.. {
                 let mut lines = Vec::with_capacity(1 << 15);
                 for seq in batch * 512..(batch + 1) * 512 {

@@ -1,4 +1,4 @@
-//! Sockets with a chosen source port, and what both sides of a conversation share.
+//! Sockets with a chosen source port, and functions that both sides of a conversation share.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6, TcpStream, UdpSocket};
@@ -29,7 +29,7 @@ pub(crate) fn mapped(address: SocketAddr) -> SocketAddr {
     }
 }
 
-/// Milliseconds since `start`.
+/// Returns the milliseconds since `start`.
 pub(crate) fn ms_since(start: Instant) -> u64 {
     u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
@@ -51,7 +51,7 @@ pub(crate) fn parse_reply(
     ))
 }
 
-/// Any address and port of a destination's family.
+/// Returns the unspecified address and port of a destination's family.
 pub(crate) fn any(to: SocketAddr) -> SocketAddr {
     let ip: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0u16; 8].into() };
     SocketAddr::new(ip, 0)
@@ -69,7 +69,7 @@ pub(crate) fn connect(to: SocketAddr, source: SocketAddr, timeout: Duration) -> 
     // The write timeout bounds connect(2) too.
     stream.set_write_timeout(Some(timeout))?;
     let (address, length) = raw(to);
-    // SAFETY: `address` is as long as told, at least.
+    // SAFETY: `address` is at least as long as the given length.
     if unsafe { libc::connect(stream.as_raw_fd(), (&raw const address).cast(), length) } != 0 {
         return Err(io::Error::last_os_error()).with_context(|| format!("cannot connect to {to}"));
     }
@@ -91,7 +91,7 @@ fn bound(kind: libc::c_int, source: SocketAddr) -> Result<OwnedFd> {
         let owned = OwnedFd::from_raw_fd(socket);
         let set =
             |level, option| libc::setsockopt(socket, level, option, (&raw const on).cast(), 4) == 0;
-        // Lets one port speak to several destinations, one socket each; without one, connect(2)
+        // Lets one port connect to several destinations, one socket each; without one, connect(2)
         // picks it.
         let is_set = if source.port() != 0 {
             set(libc::SOL_SOCKET, libc::SO_REUSEADDR)

@@ -79,8 +79,8 @@ impl Folder {
     ///
     /// # Errors
     ///
-    /// Fails if the directory itself cannot be read. Then nothing has changed. Errors in single files
-    /// are reported as notes.
+    /// Fails if the directory itself cannot be read. Then nothing has changed. Errors in single
+    /// files are reported as notes.
     pub fn scan(&mut self) -> io::Result<Vec<Change>> {
         let mut touched = BTreeSet::new();
         let present = self.list()?;
@@ -274,7 +274,7 @@ impl Folder {
                 ),
                 Err((line, why)) => {
                     let what = format!(
-                        "line {line}: {why}; objects it may have held keep their last good form"
+                        "line {line}: {why}; objects that it may have held keep their last good form"
                     );
                     reading.broken = true;
                     reading.notes.push((index, Note::new(Flaw::BrokenDocument, "", what)));

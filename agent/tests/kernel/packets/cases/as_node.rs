@@ -157,8 +157,9 @@ fn clashes(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// The node's own packets from a client's port.
-fn clashes_at(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
+/// Returns the cast and the maps with a masqueraded client's flow, and the entry of the node's own
+/// packet from the port that this client has.
+fn clashing(cast: &Cast, place: Place) -> (Cast, World, Connection) {
     let (cast, world) = place.set(cast);
     let near = place.masqueraded(&cast).state(state::ESTABLISHED);
     let far = place.source(&cast).state(state::ESTABLISHED);
@@ -166,6 +167,13 @@ fn clashes_at(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
     let node = far.seen_as;
     let port = tried(&cast.client(node), cast.backend, 1).port();
     let own = noted_as(&cast, node, SocketAddr::new(node.ip(), port));
+    (cast, world, own)
+}
+
+/// The node's own packets from a client's port.
+fn clashes_at(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
+    let (cast, world, own) = clashing(cast, place);
+    let node = own.client;
     for (what, frame) in
         [("opens", cast.first(node, cast.backend)), ("goes on", cast.next(node, cast.backend))]
     {
@@ -185,13 +193,8 @@ fn clashes_at(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
 
 /// The node's own packets get another port, and the replies of both find their way back.
 fn clashes_go_on(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
-    let (cast, world) = place.set(cast);
-    let near = place.masqueraded(&cast).state(state::ESTABLISHED);
-    let far = place.source(&cast).state(state::ESTABLISHED);
-    let world = world.flows(near.both()).flows(far.both()).marks(mark::MASQUERADED);
-    let node = far.seen_as;
-    let port = tried(&cast.client(node), cast.backend, 1).port();
-    let own = noted_as(&cast, node, SocketAddr::new(node.ip(), port));
+    let (cast, world, own) = clashing(cast, place);
+    let node = own.client;
     let proven = own.state(state::ESTABLISHED);
     let known = world.clone().flows(proven.both());
     let (program, next) = place.out(cast.next(node, cast.backend));
@@ -278,14 +281,30 @@ fn idle(table: &mut Table, cast: &Cast) {
 /// A node port.
 const PORT: u16 = 30_080;
 
+/// A name server outside, which the node sends requests to from the number of a node port.
+struct NameServer {
+    /// The cast with the node port as its frontend.
+    served: Cast,
+    world: World,
+    /// The entry of the node's request.
+    own: Connection,
+}
+
+impl NameServer {
+    /// Returns the name server at the client's address.
+    fn of(cast: &Cast) -> Self {
+        let node = SocketAddr::new(cast.node, PORT);
+        let served = cast.frontend(node);
+        let world = super::node_ports::world(&served, ONE);
+        let server = Cast { backend: cast.client, ..served };
+        Self { served, world, own: noted_as(&server, node, node) }
+    }
+}
+
 /// The node sends a request to a name server outside from the number of a node port.
 fn from_node_port(table: &mut Table, cast: &Cast) {
-    let node = SocketAddr::new(cast.node, PORT);
-    let served = cast.frontend(node);
-    let world = super::node_ports::world(&served, ONE);
-    let peer = cast.client;
-    let server = Cast { backend: peer, ..served };
-    let own = noted_as(&server, node, node);
+    let NameServer { served, world, own } = NameServer::of(cast);
+    let (node, peer) = (own.client, cast.client);
     let question = cast.first(node, peer);
     let case = |what: &str, world: &World, program, frame: &Frame| {
         cast.case(what).world(world).at(program, UPLINK).sends(frame)
@@ -310,12 +329,8 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
 
 /// Answers of that name server, for as long as the question is remembered.
 fn answers_to_node_port(table: &mut Table, cast: &Cast) {
-    let node = SocketAddr::new(cast.node, PORT);
-    let served = cast.frontend(node);
-    let world = super::node_ports::world(&served, ONE);
-    let peer = cast.client;
-    let server = Cast { backend: peer, ..served };
-    let own = noted_as(&server, node, node);
+    let NameServer { served, world, own } = NameServer::of(cast);
+    let (node, peer) = (own.client, cast.client);
     let case = |what: &str, world: &World, program, frame: &Frame| {
         cast.case(what).world(world).at(program, UPLINK).sends(frame)
     };
@@ -388,12 +403,8 @@ fn other_ports_than_node_ports(table: &mut Table, cast: &Cast) {
 
 /// The same request and answer in fragments.
 fn fragments_of_node_port(table: &mut Table, cast: &Cast) {
-    let node = SocketAddr::new(cast.node, PORT);
-    let served = cast.frontend(node);
-    let world = super::node_ports::world(&served, ONE);
-    let peer = cast.client;
-    let server = Cast { backend: peer, ..served };
-    let own = noted_as(&server, node, node);
+    let NameServer { world, own, .. } = NameServer::of(cast);
+    let (node, peer) = (own.client, cast.client);
     let case = |what: &str, world: &World, program, frame: &Frame| {
         cast.case(what).world(world).at(program, UPLINK).sends(frame)
     };

@@ -22,16 +22,20 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// The first packet of a client to itself is bounced back to it.
-fn turned_back(table: &mut Table, cast: &Cast) {
-    let client = SocketAddr::new(cast.backend.ip(), 40_001);
-    let mirror = SocketAddr::new(cast.frontend.ip(), 40_001);
-    let connection = Connection {
-        client,
-        seen_as: mirror,
+/// Returns the flow of a client that is its own backend, and that sees itself as the frontend.
+fn to_itself(cast: &Cast) -> Connection {
+    Connection {
+        client: SocketAddr::new(cast.backend.ip(), 40_001),
+        seen_as: SocketAddr::new(cast.frontend.ip(), 40_001),
         flags: flow::LOCAL | flow::HAIRPIN,
         ..cast.connection()
-    };
+    }
+}
+
+/// The first packet of a client to itself is bounced back to it.
+fn turned_back(table: &mut Table, cast: &Cast) {
+    let connection = to_itself(cast);
+    let Connection { client, seen_as: mirror, .. } = connection;
     let first = cast.first(client, cast.frontend);
     let turned = first.clone().from(mirror).to(cast.backend).ttl(60).turned();
     table.add(
@@ -62,14 +66,8 @@ fn turned_back(table: &mut Table, cast: &Cast) {
 
 /// The same packet when its TTL ends.
 fn turned_back_at_its_end(table: &mut Table, cast: &Cast) {
-    let client = SocketAddr::new(cast.backend.ip(), 40_001);
-    let mirror = SocketAddr::new(cast.frontend.ip(), 40_001);
-    let connection = Connection {
-        client,
-        seen_as: mirror,
-        flags: flow::LOCAL | flow::HAIRPIN,
-        ..cast.connection()
-    };
+    let connection = to_itself(cast);
+    let client = connection.client;
     let first = cast.first(client, cast.frontend);
     table.add(
         cast.case("the same with a TTL of one")
@@ -97,14 +95,8 @@ fn turned_back_at_its_end(table: &mut Table, cast: &Cast) {
 
 /// The client's own answers, and packets of its proven flow.
 fn answers_itself(table: &mut Table, cast: &Cast) {
-    let client = SocketAddr::new(cast.backend.ip(), 40_001);
-    let mirror = SocketAddr::new(cast.frontend.ip(), 40_001);
-    let connection = Connection {
-        client,
-        seen_as: mirror,
-        flags: flow::LOCAL | flow::HAIRPIN,
-        ..cast.connection()
-    };
+    let connection = to_itself(cast);
+    let Connection { client, seen_as: mirror, .. } = connection;
     let world = cast.world().embryonic(connection.both());
     let answer = match cast.protocol {
         TCP => Frame::tcp(cast.backend, mirror, SYN | ACK, &[]),
@@ -144,14 +136,8 @@ fn answers_itself(table: &mut Table, cast: &Cast) {
 
 /// The client reports that its port is closed, about its own answer.
 fn quotes_itself(table: &mut Table, cast: &Cast) {
-    let client = SocketAddr::new(cast.backend.ip(), 40_001);
-    let mirror = SocketAddr::new(cast.frontend.ip(), 40_001);
-    let connection = Connection {
-        client,
-        seen_as: mirror,
-        flags: flow::LOCAL | flow::HAIRPIN,
-        ..cast.connection()
-    };
+    let connection = to_itself(cast);
+    let Connection { client, seen_as: mirror, .. } = connection;
     let proven = cast.world().flows(connection.state(state::ESTABLISHED).both());
     // The client reports that its port is closed, about its own answer.
     let quoted = Frame::udp(cast.frontend, client, b"quote");

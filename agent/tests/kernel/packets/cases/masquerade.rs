@@ -367,13 +367,6 @@ fn node_port(table: &mut Table, cast: &Cast) {
 
 /// Masqueraded packets of other shapes.
 fn shapes(table: &mut Table, cast: &Cast) {
-    let node_port = cast.frontend(SocketAddr::new(cast.node, 30_080));
-    let (node_port, mut world) = REMOTE.set(&node_port);
-    let unspecified = if cast.node.is_ipv4() { [0; 4].into() } else { IpAddr::from([0_u16; 8]) };
-    world.services.retain(|_, service| service.service_port != ONE);
-    world.add_frontend(&node_port, ONE, SocketAddr::new(unspecified, 30_080), frontend::NODE_PORT);
-    let _ = world.node_ports.insert(30_080);
-    world.serve_node_ports(cast.node);
     let (cast, world) = REMOTE.set(cast);
     let connection = REMOTE.masqueraded(&cast);
     let (program, first) = first(&cast, UPLINK);
@@ -543,31 +536,38 @@ fn limits(table: &mut Table, cast: &Cast) {
     );
 }
 
+/// Returns this host's flow with its source kept.
+fn kept_of_host(place: Place, cast: &Cast) -> Connection {
+    of_host(cast, place.kept(cast)).flags(place.flow | flow::HOST)
+}
+
+/// Returns this host's masqueraded flow, with the port of an attempt.
+fn masqueraded_of_host(place: Place, cast: &Cast, attempt: u32) -> Connection {
+    let port = tried(cast, cast.frontend, attempt).port();
+    cast.connection()
+        .flags(place.flow | flow::HOST | flow::MASQUERADED)
+        .seen_as(SocketAddr::new(cast.node_on(place.device), port))
+}
+
+/// Returns the case of this host's first packet, which opens a flow where its route leaves.
+fn opens_of_host(name: String, cast: &Cast, world: &World, connection: &Connection) -> Case {
+    let first = cast.first(cast.client, cast.frontend);
+    let marks = if connection.flags & flow::MASQUERADED == 0 { 0 } else { mark::MASQUERADED };
+    case(name)
+        .world(world)
+        .tc_egress(UPLINK)
+        .sends(&first)
+        .becomes(&first.clone().from(connection.seen_as).to(connection.backend))
+        .ends(End::Redirect)
+        .opens(ONE)
+        .embryonic([world.embryonic.clone(), connection.both()])
+        .marks(mark::HOST | marks)
+}
+
 /// Packets of this host get the address that the route to the backend prescribes.
 fn host(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let own = cast.client(SocketAddr::new(cast.node, 40_001));
-    let kept =
-        |place: Place, cast: &Cast| of_host(cast, place.kept(cast)).flags(place.flow | flow::HOST);
-    let masqueraded_at = |place: Place, cast: &Cast, attempt| {
-        let seen_as =
-            SocketAddr::new(cast.node_on(place.device), tried(cast, cast.frontend, attempt).port());
-        cast.connection().flags(place.flow | flow::HOST | flow::MASQUERADED).seen_as(seen_as)
-    };
-    let masqueraded = |place, cast: &Cast| masqueraded_at(place, cast, 1);
-    let case = |name: String, cast: &Cast, world: &World, connection: &Connection| {
-        let first = cast.first(cast.client, cast.frontend);
-        let marks = if connection.flags & flow::MASQUERADED == 0 { 0 } else { mark::MASQUERADED };
-        case(name)
-            .world(world)
-            .tc_egress(UPLINK)
-            .sends(&first)
-            .becomes(&first.clone().from(connection.seen_as).to(connection.backend))
-            .ends(End::Redirect)
-            .opens(ONE)
-            .embryonic([world.embryonic.clone(), connection.both()])
-            .marks(mark::HOST | marks)
-    };
     for (mode_name, mode) in [
         ("needed", masquerade::NEEDED),
         ("kube-proxy", masquerade::KUBE_PROXY),
@@ -583,12 +583,15 @@ fn host(table: &mut Table, cast: &Cast) {
             ] {
                 let (cast, world) = place.set(&own);
                 let world = world.kind(ONE, kind).modes(mode, detect_local::DEVICE);
-                let connection =
-                    if changes { masqueraded(place, &cast) } else { kept(place, &cast) };
+                let connection = if changes {
+                    masqueraded_of_host(place, &cast, 1)
+                } else {
+                    kept_of_host(place, &cast)
+                };
                 let name = format!(
                     "{title}: this host asks {kind_name}, masquerading {mode_name}, {what}"
                 );
-                table.add(case(name, &cast, &world, &connection));
+                table.add(opens_of_host(name, &cast, &world, &connection));
             }
         }
     }
@@ -598,38 +601,17 @@ fn host(table: &mut Table, cast: &Cast) {
 fn host_elsewhere(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let own = cast.client(SocketAddr::new(cast.node, 40_001));
-    let kept =
-        |place: Place, cast: &Cast| of_host(cast, place.kept(cast)).flags(place.flow | flow::HOST);
-    let masqueraded_at = |place: Place, cast: &Cast, attempt| {
-        let seen_as =
-            SocketAddr::new(cast.node_on(place.device), tried(cast, cast.frontend, attempt).port());
-        cast.connection().flags(place.flow | flow::HOST | flow::MASQUERADED).seen_as(seen_as)
-    };
-    let masqueraded = |place, cast: &Cast| masqueraded_at(place, cast, 1);
-    let case = |name: String, cast: &Cast, world: &World, connection: &Connection| {
-        let first = cast.first(cast.client, cast.frontend);
-        let marks = if connection.flags & flow::MASQUERADED == 0 { 0 } else { mark::MASQUERADED };
-        case(name)
-            .world(world)
-            .tc_egress(UPLINK)
-            .sends(&first)
-            .becomes(&first.clone().from(connection.seen_as).to(connection.backend))
-            .ends(End::Redirect)
-            .opens(ONE)
-            .embryonic([world.embryonic.clone(), connection.both()])
-            .marks(mark::HOST | marks)
-    };
     let foreign = Place { net: NET_FOREIGN, ..REMOTE };
     let (cast_far, world) = foreign.set(&own);
     let name = format!("{title}: this host, a backend behind a device without our programs");
-    table.add(case(name, &cast_far, &world, &kept(foreign, &cast_far)));
+    table.add(opens_of_host(name, &cast_far, &world, &kept_of_host(foreign, &cast_far)));
     let (overlay, world) = OVERLAY.set(&own);
-    let taken = masqueraded(OVERLAY, &overlay);
+    let taken = masqueraded_of_host(OVERLAY, &overlay, 1);
     // Another client's flow that the backend sees as the same tuple.
     let blocker = Connection { client: cast.client, ..taken };
-    let moved = masqueraded_at(OVERLAY, &overlay, 2);
+    let moved = masqueraded_of_host(OVERLAY, &overlay, 2);
     let name = format!("{title}: this host, its port is taken at the other device's address");
-    table.add(case(name, &overlay, &world.embryonic(blocker.both()), &moved));
+    table.add(opens_of_host(name, &overlay, &world.embryonic(blocker.both()), &moved));
 }
 
 /// A flow to a backend on this node, which XDP can finish.

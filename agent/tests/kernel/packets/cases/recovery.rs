@@ -4,7 +4,7 @@ use sluice_common::Reason;
 use sluice_common::abi::{frontend, state};
 
 use super::Table;
-use crate::packets::case::Program;
+use crate::packets::case::{Case, Program};
 use crate::packets::frame::{ACK, Frame, RST, SEQUENCE, SYN, TCP};
 use crate::packets::world::{Cast, Connection, EDGE, ONE, OTHER, SPARE, UPLINK, World, mac};
 
@@ -131,11 +131,23 @@ fn reply_alone(table: &mut Table, cast: &Cast) {
     }
 }
 
+/// Returns a guess that the connection is the one that the client's reset was about.
+fn guessed(connection: Connection) -> Connection {
+    connection.state(state::GUESS).heard(SEQUENCE)
+}
+
+/// Returns a guess that the backend has confirmed.
+fn matched(connection: Connection) -> Connection {
+    connection.state(state::GUESS | state::MATCHED).heard(SEQUENCE)
+}
+
+/// Begins the case of a client's packet after a guess.
+fn after_guess(cast: &Cast, what: &str, world: &World, frame: &Frame) -> Case {
+    cast.case(format!("a guess, and {what}")).world(world).tc_ingress(EDGE).sends(frame)
+}
+
 /// A guess, and the backend's next packet.
 fn guesses_and_backend(table: &mut Table, cast: &Cast) {
-    let guessed = |connection: Connection| connection.state(state::GUESS).heard(SEQUENCE);
-    let matched =
-        |connection: Connection| connection.state(state::GUESS | state::MATCHED).heard(SEQUENCE);
     let (guess, _) = (cast.connection(), cast.other_connection());
     let reply = |what: &str, world: &World, frame: &Frame| {
         cast.case(format!("a guess, and {what}")).world(world).tc_egress(EDGE).sends(frame)
@@ -157,31 +169,31 @@ fn guesses_and_backend(table: &mut Table, cast: &Cast) {
 
 /// A guess, and the client's next packet.
 fn guesses_and_client(table: &mut Table, cast: &Cast) {
-    let guessed = |connection: Connection| connection.state(state::GUESS).heard(SEQUENCE);
-    let matched =
-        |connection: Connection| connection.state(state::GUESS | state::MATCHED).heard(SEQUENCE);
     let (guess, other) = (cast.connection(), cast.other_connection());
-    let case = |what: &str, world: &World, frame: &Frame| {
-        cast.case(format!("a guess, and {what}")).world(world).tc_ingress(EDGE).sends(frame)
-    };
     let world = cast.world().embryonic(guessed(guess).both());
     let data = cast.next(cast.client, cast.frontend);
     table.add(
-        case("the client goes on before the backend", &world, &data)
+        after_guess(cast, "the client goes on before the backend", &world, &data)
             .becomes(&data.clone().to(cast.backend))
             .reason(Reason::Recovered, ONE)
             .embryonic([guess.both()]),
     );
     table.add(
-        case("the client goes on", &cast.world().embryonic(matched(guess).both()), &data)
-            .becomes(&data.clone().to(cast.backend))
-            .forward(ONE)
-            .embryonic([guess.both()]),
+        after_guess(
+            cast,
+            "the client goes on",
+            &cast.world().embryonic(matched(guess).both()),
+            &data,
+        )
+        .becomes(&data.clone().to(cast.backend))
+        .forward(ONE)
+        .embryonic([guess.both()]),
     );
     // Its port is the connection's in any case: the backend would not know the connection with
     // another one.
     table.add(
-        case(
+        after_guess(
+            cast,
             "the client goes on at another frontend",
             &cast.world().embryonic(matched(other).both()),
             &data,
@@ -194,17 +206,12 @@ fn guesses_and_client(table: &mut Table, cast: &Cast) {
 
 /// A guess that the client contradicts by a reset.
 fn guesses_and_resets(table: &mut Table, cast: &Cast) {
-    let guessed = |connection: Connection| connection.state(state::GUESS).heard(SEQUENCE);
-    let matched =
-        |connection: Connection| connection.state(state::GUESS | state::MATCHED).heard(SEQUENCE);
     let (guess, other) = (cast.connection(), cast.other_connection());
-    let case = |what: &str, world: &World, frame: &Frame| {
-        cast.case(format!("a guess, and {what}")).world(world).tc_ingress(EDGE).sends(frame)
-    };
     let world = cast.world().embryonic(guessed(guess).both());
     let reset = Frame::tcp(cast.client, cast.frontend, RST, &[]);
     table.add(
-        case(
+        after_guess(
+            cast,
             "the client resets: the next frontend is tried",
             &cast.world().embryonic(matched(guess).both()),
             &reset,
@@ -213,13 +220,14 @@ fn guesses_and_resets(table: &mut Table, cast: &Cast) {
         .embryonic([guessed(other).both()]),
     );
     table.add(
-        case("a reset, though the client has heard nothing", &world, &reset)
+        after_guess(cast, "a reset, though the client has heard nothing", &world, &reset)
             .becomes(&reset.clone().to(cast.backend))
             .reason(Reason::Recovered, ONE),
     );
     let proof = other.state(state::ESTABLISHED);
     table.add(
-        case(
+        after_guess(
+            cast,
             "the client resets: another frontend's forward entry tells",
             &cast.world().embryonic(matched(guess).both()).flows(proof.age(5).forward()),
             &reset,
@@ -232,15 +240,11 @@ fn guesses_and_resets(table: &mut Table, cast: &Cast) {
 
 /// Resets after the last guess, and after a guess has become certain.
 fn last_guesses(table: &mut Table, cast: &Cast) {
-    let matched =
-        |connection: Connection| connection.state(state::GUESS | state::MATCHED).heard(SEQUENCE);
     let (guess, other) = (cast.connection(), cast.other_connection());
-    let case = |what: &str, world: &World, frame: &Frame| {
-        cast.case(format!("a guess, and {what}")).world(world).tc_ingress(EDGE).sends(frame)
-    };
     let reset = Frame::tcp(cast.client, cast.other_frontend, RST, &[]);
     table.add(
-        case(
+        after_guess(
+            cast,
             "the client resets the last one",
             &cast.world().embryonic(matched(other).both()),
             &reset,
@@ -255,7 +259,8 @@ fn last_guesses(table: &mut Table, cast: &Cast) {
     let reset = Frame::tcp(cast.client, cast.frontend, RST, &[]);
     let certain = guess.state(state::ESTABLISHED);
     table.add(
-        case(
+        after_guess(
+            cast,
             "the client resets what has become certain",
             &cast.world().flows(certain.both()),
             &reset,

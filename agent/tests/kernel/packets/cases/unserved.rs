@@ -204,14 +204,19 @@ fn segments(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Packets that leave for an address of the Service networks that no Service has.
-fn unassigned(table: &mut Table, cast: &Cast) {
-    let bit =
-        if cast.version == Version::V4 { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
+/// Returns a world that knows the Service networks, and an end in them that no Service has.
+fn with_networks(cast: &Cast) -> (World, SocketAddr) {
     let mut world = cast.world();
-    world.settings.networks = bit;
+    world.settings.networks =
+        if cast.version == Version::V4 { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
     world.service_nets = vec![cast.prefix(91), cast.prefix(NET_FRONTENDS)];
     let none = SocketAddr::new(address(cast.version, NET_FRONTENDS, 99), cast.frontend.port());
+    (world, none)
+}
+
+/// Packets that leave for an address of the Service networks that no Service has.
+fn unassigned(table: &mut Table, cast: &Cast) {
+    let (world, none) = with_networks(cast);
     let own = SocketAddr::new(cast.node, 40_001);
     for (who, client) in [("this host", own), ("a pod", cast.client)] {
         let first = cast.first(client, none);
@@ -254,12 +259,7 @@ fn unassigned(table: &mut Table, cast: &Cast) {
 
 /// The same packets where they are not dropped: at other hooks, or without known networks.
 fn unassigned_elsewhere(table: &mut Table, cast: &Cast) {
-    let bit =
-        if cast.version == Version::V4 { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
-    let mut world = cast.world();
-    world.settings.networks = bit;
-    world.service_nets = vec![cast.prefix(91), cast.prefix(NET_FRONTENDS)];
-    let none = SocketAddr::new(address(cast.version, NET_FRONTENDS, 99), cast.frontend.port());
+    let (world, none) = with_networks(cast);
     let mut pass = |what: &str, world: &World, program, ifindex, frame: &Frame| {
         let frame = frame.clone().at(mac(ifindex));
         table.add(cast.case(what).world(world).at(program, ifindex).sends(&frame));
@@ -294,12 +294,7 @@ fn unassigned_elsewhere(table: &mut Table, cast: &Cast) {
 
 /// Addresses outside of the Service networks, errors, and devices that are not known.
 fn unassigned_strangers(table: &mut Table, cast: &Cast) {
-    let bit =
-        if cast.version == Version::V4 { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
-    let mut world = cast.world();
-    world.settings.networks = bit;
-    world.service_nets = vec![cast.prefix(91), cast.prefix(NET_FRONTENDS)];
-    let none = SocketAddr::new(address(cast.version, NET_FRONTENDS, 99), cast.frontend.port());
+    let (world, none) = with_networks(cast);
     let own = SocketAddr::new(cast.node, 40_001);
     let mut pass = |what: &str, world: &World, program, ifindex, frame: &Frame| {
         let frame = frame.clone().at(mac(ifindex));
@@ -330,12 +325,7 @@ fn unassigned_strangers(table: &mut Table, cast: &Cast) {
 
 /// A listed address is looked up first, and dropped all the same.
 fn unassigned_listed(table: &mut Table, cast: &Cast) {
-    let bit =
-        if cast.version == Version::V4 { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
-    let mut world = cast.world();
-    world.settings.networks = bit;
-    world.service_nets = vec![cast.prefix(91), cast.prefix(NET_FRONTENDS)];
-    let none = SocketAddr::new(address(cast.version, NET_FRONTENDS, 99), cast.frontend.port());
+    let (world, none) = with_networks(cast);
     let first = cast.first(cast.client, none);
     // A listed address is looked up first, and dropped all the same if nothing is found.
     let mut listed = world.clone();
