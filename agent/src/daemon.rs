@@ -4,6 +4,8 @@
 pub mod agent;
 pub mod attacher;
 pub(crate) mod audit;
+mod endpoint_log;
+mod failures;
 pub mod health;
 mod http;
 pub mod kubernetes_events;

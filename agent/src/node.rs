@@ -15,5 +15,6 @@ pub(crate) mod netlink;
 pub(crate) mod nft;
 pub mod ports;
 pub(crate) mod publish;
+pub mod settings;
 pub mod status;
 pub(crate) mod view;

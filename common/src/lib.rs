@@ -20,6 +20,7 @@ pub mod abi;
 pub mod bench;
 pub mod engine;
 pub mod event;
+pub mod failure;
 pub mod family;
 pub mod maglev;
 pub mod packet;
@@ -27,6 +28,7 @@ pub mod path;
 pub mod reason;
 pub mod tables;
 
+pub use failure::Failure;
 pub use family::{Family, V4, V6};
 pub use packet::parse::Packet;
 pub use reason::Reason;

@@ -203,7 +203,8 @@ pub struct Decision<F: Family> {
     /// Whether the packet is a first fragment whose [ports](fragment::ports) are noted for the
     /// later ones.
     pub is_first_fragment: bool,
-    /// The kind of the frontend, one of [`crate::abi::frontend`]; 0 if the packet is not for one.
+    /// The kind of the frontend, one of [`crate::abi::frontend`], if a backend is selected for the
+    /// packet; otherwise 0 ([`Decision::selects`]).
     pub kind: u32,
     /// Facts about the packet's addresses.
     pub facts: Facts,
@@ -241,6 +242,14 @@ impl<F: Family> Decision<F> {
                 ..Flow::default()
             },
         }
+    }
+
+    /// Reports whether a backend is selected for the packet. One that follows an entry, or concerns
+    /// no frontend, gets none.
+    #[inline(always)]
+    #[must_use]
+    pub fn selects(&self) -> bool {
+        self.kind != 0
     }
 
     /// Reports whether the packet is an endpoint's that goes around the stack unchanged, because it

@@ -24,7 +24,7 @@ use sluice_common::packet::parse::{Kind, headers, untag};
 use sluice_common::packet::rewrite::{can_follow, rewrite};
 use sluice_common::path::{Hook, Record, Step, Verdict, decide, leads_to, partner, partner_key};
 use sluice_common::tables::Routes;
-use sluice_common::{Reason, Tables, V4, V6};
+use sluice_common::{Failure, Reason, Tables, V4, V6};
 
 const NOW: Ticks = 10_000;
 
@@ -447,6 +447,8 @@ impl FlowTable<V4> for Few {
     fn record_affinity(&mut self, _: &AffinityKey<Ipv4Address>, _: &Affinity) {}
 
     fn set_marks(&mut self, _: u32) {}
+
+    fn count_failure(&mut self, _: u32, _: Failure) {}
 }
 
 impl Tables<V4> for Few {

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use sluice_common::V4;
 use sluice_common::abi::{Affinity, AffinityKey, Flow, Ipv4Address, Tuple};
 use sluice_common::engine::record::{FlowMap, FlowTable, InsertError, Partner, Renewal, record};
 use sluice_common::path::{Decision, Record, partner, partner_key};
+use sluice_common::{Failure, V4};
 
 type Entries = BTreeMap<Tuple<Ipv4Address>, Flow<Ipv4Address>>;
 
@@ -70,6 +70,8 @@ impl FlowTable<V4> for Raced {
     fn record_affinity(&mut self, _: &AffinityKey<Ipv4Address>, _: &Affinity) {}
 
     fn set_marks(&mut self, _: u32) {}
+
+    fn count_failure(&mut self, _: u32, _: Failure) {}
 }
 
 fn address(last: u8) -> Ipv4Address {

@@ -248,6 +248,14 @@ impl Plan {
         Self::adopt(sizes, Image::default())
     }
 
+    /// Returns the endpoints of a Service that are planned now, whichever of its ports they serve.
+    pub fn endpoints(&self, service: &ObjectName) -> BTreeSet<(IpAddr, u16)> {
+        let keys = self.ids.range(PortKey::first(service)..);
+        let own = keys.take_while(|(key, _)| key.service == *service);
+        let planned = own.filter_map(|(_, id)| self.planned.get(id));
+        planned.flat_map(|planned| planned.backends.keys().copied()).collect()
+    }
+
     /// Returns the intended content of the maps.
     pub fn image(&self) -> &Image {
         &self.image

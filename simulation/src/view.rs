@@ -21,7 +21,7 @@ use sluice_common::engine::search::PortSearch;
 use sluice_common::packet::parse::Headers;
 use sluice_common::path::{self, Decision, Record, leads_back, leads_to, partner_key, walk_ports};
 use sluice_common::tables::Routes;
-use sluice_common::{Reason, Tables};
+use sluice_common::{Failure, Reason, Tables};
 
 use self::layers::{Affinities, BEFORE, Flows, NOW};
 use crate::act::Met;
@@ -290,6 +290,9 @@ impl<F: Side> FlowTable<F> for View<'_, F> {
     fn set_marks(&mut self, bits: u32) {
         self.node.marks.set(self.node.marks.get() | bits);
     }
+
+    /// Nothing depends on it.
+    fn count_failure(&mut self, _: u32, _: Failure) {}
 }
 
 impl<F: Side> Tables<F> for View<'_, F> {

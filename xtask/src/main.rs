@@ -27,6 +27,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use sluice_cluster::cache::Cache;
 use sluice_cluster::components;
+use sluice_cluster::process::Cmd;
 
 use crate::workspace::Workspace;
 
@@ -61,6 +62,8 @@ enum Command {
     Cluster(sluice_cluster::Command),
     /// Show Sluice at work in network namespaces of this machine (as root).
     Demo(demo::Options),
+    /// Write docs/screens.md: every command of `sluice` on a terminal of 80 columns (as root).
+    Screens,
     /// Measure, and print ratios (as root).
     #[command(subcommand)]
     Bench(bench::Command),
@@ -109,8 +112,18 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Cluster(command) => return cluster::run(&workspace, cli.toolchain, command),
         Command::Internal(command) => command.run()?,
         Command::Demo(options) => return demo::run(&workspace, cli.toolchain, options),
+        Command::Screens => return screens(),
         Command::Bench(command) => return bench::run(&workspace, cli.toolchain, command),
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs the lab test that holds docs/screens.md against the commands, and has it write the page.
+fn screens() -> Result<ExitCode> {
+    Cmd::new(std::env::current_exe()?)
+        .args(["test", "lab", "--", "screens::"])
+        .env("SLUICE_SCREENS_WRITE", "1")
+        .run()?;
     Ok(ExitCode::SUCCESS)
 }
 

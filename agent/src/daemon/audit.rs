@@ -44,6 +44,8 @@ pub(crate) enum Part {
     OwnDevice,
     /// The routes of VIPs.
     Routes,
+    /// The settings of the node.
+    Settings,
 }
 
 impl Part {
@@ -55,6 +57,7 @@ impl Part {
             Self::Hooks => "hook",
             Self::OwnDevice => "device",
             Self::Routes => "route",
+            Self::Settings => "setting",
         }
     }
 }

@@ -18,6 +18,7 @@ use sluice_core::model::report::{Flaw, Level, Report, Subject};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::daemon::failures::FailingServices;
 use crate::daemon::health::{Failure, Failures};
 
 /// A problem is reported only after it has lasted this long: objects that belong together arrive
@@ -41,6 +42,10 @@ const BURST: u32 = 20;
 const REFILL: Duration = Duration::from_secs(30);
 /// The time that an attempt may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// A Service has an Event only after it has been failing for this long.
+const FAILING_MIN: Duration = Duration::from_secs(30);
+/// The reason of that Event (type Warning).
+const FAILING_REASON: &str = "EndpointsUnreachable";
 /// The longest note of an Event, in bytes (`events.k8s.io/v1`).
 const NOTE_MAX: usize = 1024;
 /// The longest part of an Event's name that comes from the object; the whole may have 253 bytes.
@@ -87,12 +92,13 @@ impl ObjectEvent {
 /// All present findings, with their texts.
 pub type ObjectEvents = BTreeMap<Finding, String>;
 
-/// Collects the findings: problems of objects, policies that leave no endpoint, and health checks
-/// that are not answered.
-pub fn gather<'a>(
+/// Collects the findings: problems of objects, policies that leave no endpoint, health checks that
+/// are not answered, and Services that nobody reaches.
+pub(crate) fn gather<'a>(
     node: &str,
     reports: impl Iterator<Item = &'a Report>,
     failures: &Failures,
+    failing: &FailingServices,
 ) -> ObjectEvents {
     let mut notes: BTreeMap<(&Subject, Flaw), Vec<(&str, &str)>> = BTreeMap::new();
     for report in reports.filter(|report| deserves_event(report.note.flaw)) {
@@ -134,7 +140,29 @@ pub fn gather<'a>(
         let _ =
             all.insert(finding, cut(&format!("on node {node}: {failure}"), NOTE_MAX).to_owned());
     }
+    add_failing(node, failing, &mut all);
     all
+}
+
+/// Adds the Services that have been failing for a while. Every node that has clients of such a
+/// Service sees the same, so there is one Event for the whole cluster, and while it lasts it is
+/// written again only once a day.
+fn add_failing(node: &str, failing: &FailingServices, all: &mut ObjectEvents) {
+    for (port, failing) in failing {
+        if failing.since.elapsed().is_ok_and(|time| time < FAILING_MIN) {
+            continue;
+        }
+        let finding = Finding {
+            is_notice: true,
+            kind: "Service".to_owned(),
+            name: ObjectName::new(&port.namespace, &port.service),
+            reason: FAILING_REASON,
+            fields: vec![format!("port {}", port.port)],
+            is_of_node: false,
+        };
+        let note = format!("on node {node}, port {}: {}", port.port, failing.message);
+        let _ = all.insert(finding, cut(&note, NOTE_MAX).to_owned());
+    }
 }
 
 /// Whether a flaw deserves an Event: all problems do, and of the notices those that drop packets,

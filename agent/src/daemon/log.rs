@@ -21,10 +21,11 @@ pub(crate) enum LogFormat {
 }
 
 /// Returns the filter of a verbosity: 0 is the default, 1 logs more, and 2 or more everything.
+/// The source has its own lines about requests that fail.
 fn filter(verbosity: u8) -> &'static str {
     match verbosity {
-        0 => "info",
-        1 => "info,sluice=debug",
+        0 => "info,kube_client=error,kube_runtime=error",
+        1 => "info,kube_client=error,kube_runtime=error,sluice=debug",
         _ => "debug,sluice=trace",
     }
 }

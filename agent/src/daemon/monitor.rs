@@ -2,8 +2,9 @@
 //!
 //! | address | path | |
 //! |---|---|---|
-//! | `--healthz-bind-address` | `/healthz` | 200, or 503 if the maps are behind the sources for too long or the node is leaving |
-//! | | `/livez` | as `/healthz`, whatever becomes of the node |
+//! | `--healthz-bind-address` | `/healthz` | 200, or 503 if the maps hold no image or are behind the sources for too long, if all sources have failed for an hour, or if the node is leaving |
+//! | | `/livez` | 200, or 503 if the maps are behind the sources for too long |
+//! | | `/readyz` | 200 if `sluice status` says that the node is ready, else 503, with the first reason |
 //! | `--metrics-bind-address` | `/metrics` | see [`metrics`] |
 //! | | `/proxyMode` | `sluice` |
 //! | | `/healthz` | `ok` as long as the process answers |
@@ -18,7 +19,7 @@ mod traffic;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use futures::FutureExt;
@@ -31,6 +32,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::daemon::http::{Handler, Listener, Room};
+use crate::daemon::source::{Health, Pulse};
 use crate::node::backoff::Backoff;
 use crate::node::publish::publish;
 use exporter::Exporter;
@@ -40,6 +42,11 @@ use metrics::Metrics;
 /// A change that has been waiting for this long makes the proxy unhealthy: two sync periods of
 /// kube-proxy.
 const OVERDUE: Duration = Duration::from_mins(1);
+/// Sources that all have failed for this long make the proxy unhealthy: it can no longer know where
+/// traffic should go.
+const DEAF: Duration = Duration::from_hours(1);
+/// The longest answer to `/readyz`, bytes.
+const REASON_MAX: usize = 200;
 /// The pauses between attempts to listen.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
 
@@ -58,9 +65,12 @@ pub struct Settings {
 
 /// Whether the proxy keeps up. The agent's loop updates it, and health checks read it.
 #[derive(Debug)]
-pub(crate) struct Liveness(Mutex<State>);
+pub(crate) struct Liveness {
+    state: Mutex<State>,
+    sources: Vec<Pulse>,
+}
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct State {
     /// Since when the maps have been behind the sources, if they are.
     behind: Option<Instant>,
@@ -70,6 +80,17 @@ struct State {
     serves: bool,
     /// Whether the node is about to be deleted.
     leaving: bool,
+    /// Why the node is not ready: nothing if it is.
+    waiting_for: Vec<String>,
+}
+
+/// Whether all sources have failed for so long that nothing which has changed since is known.
+fn are_deaf(sources: &[Health], now: SystemTime) -> bool {
+    let has_failed = |source: &Health| {
+        let since = source.failure.as_ref().map(|(_, since)| *since);
+        since.is_some_and(|since| now.duration_since(since).is_ok_and(|lasted| lasted >= DEAF))
+    };
+    !sources.is_empty() && sources.iter().all(has_failed)
 }
 
 impl State {
@@ -78,20 +99,35 @@ impl State {
     }
 }
 
-impl Default for Liveness {
-    fn default() -> Self {
-        Self(Mutex::new(State {
+impl Liveness {
+    /// Creates the state of a proxy with these sources that has just started.
+    pub(crate) fn new(sources: Vec<Pulse>) -> Self {
+        let state = Mutex::new(State {
             behind: None,
             updated: SystemTime::now(),
             serves: false,
             leaving: false,
-        }))
+            waiting_for: vec!["the agent to start".to_owned()],
+        });
+        Self { state, sources }
     }
-}
 
-impl Liveness {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn state(&self) -> State {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.lock().clone()
+    }
+
+    fn is_deaf(&self) -> bool {
+        let sources: Vec<Health> = self.sources.iter().map(Pulse::health).collect();
+        are_deaf(&sources, SystemTime::now())
+    }
+
+    /// Records what the node waits for until it is ready: nothing if it is.
+    pub(crate) fn set_waiting_for(&self, waiting_for: &[String]) {
+        self.lock().waiting_for = waiting_for.to_vec();
     }
 
     /// Records whether no write waits, whether the maps hold an image, and whether the node is
@@ -100,7 +136,7 @@ impl Liveness {
     /// A source that is away leaves nothing waiting: what it said last is served, and to restart
     /// the agent would not bring it back.
     pub(crate) fn update(&self, is_in_step: bool, serves: bool, leaving: bool) {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
         state.serves = serves;
         if is_in_step {
             (state.behind, state.updated) = (None, SystemTime::now());
@@ -164,7 +200,8 @@ impl Monitor {
 
     fn health(&self, node_counts: bool) -> Response<Bytes> {
         let state = self.liveness.state();
-        let healthy = state.is_healthy() && (state.serves || !node_counts);
+        let is_of_use = state.serves && !self.liveness.is_deaf();
+        let healthy = state.is_healthy() && (is_of_use || !node_counts);
         let well = healthy && !(node_counts && state.leaving);
         let now = time(SystemTime::now());
         // As with kube-proxy, this is the present time as long as all is well.
@@ -182,6 +219,26 @@ impl Monitor {
         // Serializing strings and bools into memory cannot fail.
         let body = serde_json::to_string(&body).unwrap_or_default();
         response(status, "application/json", body)
+    }
+
+    /// Answers whether the node is ready, with the first reason for which it is not.
+    /// Only processes of this node get the reason, which may name files and addresses.
+    fn readiness(&self, is_local: bool) -> Response<Bytes> {
+        let waiting_for = self.liveness.state().waiting_for;
+        let text = |status, body: String| response(status, "text/plain; charset=utf-8", body);
+        let Some(first) = waiting_for.first() else { return text(StatusCode::OK, "ok\n".into()) };
+        if !is_local {
+            let body = "not ready: see `sluice status`\n".to_owned();
+            return text(StatusCode::SERVICE_UNAVAILABLE, body);
+        }
+        let end = first.floor_char_boundary(REASON_MAX);
+        let cut = if end < first.len() { "..." } else { "" };
+        let more = match waiting_for.len() - 1 {
+            0 => String::new(),
+            more => format!(" (and for {more} more: see `sluice status`)"),
+        };
+        let first = first.get(..end).unwrap_or_default();
+        text(StatusCode::SERVICE_UNAVAILABLE, format!("waits for {first}{cut}{more}\n"))
     }
 
     async fn metrics(&self, request: &Request<String>) -> Response<Bytes> {
@@ -203,7 +260,13 @@ impl Monitor {
             "/livez" => Some(this.health(false)),
             _ => None,
         });
-        Arc::new(move |request| ready(read(&request)).boxed())
+        let this = Arc::clone(self);
+        Arc::new(move |request| {
+            let is_readiness = request.uri().path() == "/readyz" && is_read(&request);
+            let answer =
+                if is_readiness { this.readiness(is_local(&request)) } else { read(&request) };
+            ready(answer).boxed()
+        })
     }
 
     /// Returns the handler for the metrics port.
@@ -232,11 +295,16 @@ impl Monitor {
     }
 }
 
+/// Whether a request comes from a process of this node, over a loopback address.
+fn is_local(request: &Request<String>) -> bool {
+    let peer = request.extensions().get::<SocketAddr>();
+    peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback())
+}
+
 /// Changes the log's verbosity, as in Kubernetes' components: a `PUT` with a number.
 fn verbosity(request: &Request<String>) -> Response<Bytes> {
     let text = |status, body: String| response(status, "text/plain; charset=utf-8", body);
-    let peer = request.extensions().get::<SocketAddr>();
-    if !peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback()) {
+    if !is_local(request) {
         return text(
             StatusCode::FORBIDDEN,
             "only processes of this node may do this, over a loopback address\n".to_owned(),
@@ -344,9 +412,8 @@ mod tests {
     use super::*;
     use sluice_common::Reason;
 
-    #[test]
-    fn a_node_is_alive_while_its_sources_are_away_and_serves_once_it_has_an_image() {
-        let liveness = Arc::new(Liveness::default());
+    fn monitor() -> (Arc<Liveness>, Monitor) {
+        let liveness = Arc::new(Liveness::new(Vec::new()));
         let monitor = Monitor::new(
             Arc::clone(&liveness),
             Arc::new(Metrics::new(None)),
@@ -354,6 +421,51 @@ mod tests {
             PathBuf::from("/nowhere"),
             Detail::default(),
         );
+        (liveness, monitor)
+    }
+
+    #[test]
+    fn readiness_is_one_short_line_with_the_first_reason() {
+        let (liveness, monitor) = monitor();
+        let answer = || {
+            let answer = monitor.readiness(true);
+            (answer.status(), String::from_utf8_lossy(answer.body()).into_owned())
+        };
+        let says = |text: &str| (StatusCode::SERVICE_UNAVAILABLE, text.to_owned());
+        assert_eq!(answer(), says("waits for the agent to start\n"));
+        liveness.set_waiting_for(&["the first full list of kubernetes".to_owned()]);
+        assert_eq!(answer(), says("waits for the first full list of kubernetes\n"));
+        liveness.set_waiting_for(&["ä".repeat(REASON_MAX), "b".to_owned(), "c".to_owned()]);
+        let (_, text) = answer();
+        assert!(text.ends_with("ä... (and for 2 more: see `sluice status`)\n"), "{text}");
+        assert!(text.len() < REASON_MAX + 60 && text.lines().count() == 1, "{text}");
+        let elsewhere = monitor.readiness(false);
+        assert_eq!(elsewhere.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert!(elsewhere.body().starts_with(b"not ready: see"), "no reason for others");
+        liveness.set_waiting_for(&[]);
+        assert_eq!(answer(), (StatusCode::OK, "ok\n".to_owned()));
+    }
+
+    #[test]
+    fn sources_are_deaf_when_all_of_them_have_failed_for_an_hour() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_hours(24);
+        let failed = |lasted| Health {
+            failure: Some(("refused".to_owned(), now - lasted)),
+            ..Health::default()
+        };
+        let (well, minutes, hour) =
+            (Health::default(), failed(Duration::from_mins(59)), failed(Duration::from_hours(1)));
+        assert!(!are_deaf(&[], now), "there is none");
+        let alone = |source: &Health| are_deaf(std::slice::from_ref(source), now);
+        assert_eq!([&well, &minutes, &hour].map(alone), [false, false, true]);
+        assert!(!are_deaf(&[hour.clone(), well], now), "one is enough");
+        assert!(!are_deaf(&[hour.clone(), minutes], now));
+        assert!(are_deaf(&[hour.clone(), hour], now));
+    }
+
+    #[test]
+    fn a_node_is_alive_while_its_sources_are_away_and_serves_once_it_has_an_image() {
+        let (liveness, monitor) = monitor();
         let answers = || [true, false].map(|node_counts| monitor.health(node_counts).status());
         assert_eq!(answers(), [StatusCode::SERVICE_UNAVAILABLE, StatusCode::OK], "at the start");
         liveness.update(true, false, false);

@@ -2,6 +2,7 @@
 //! monitoring, Kubernetes Events, and the kernel's connection tracking.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -11,6 +12,7 @@ use sluice_core::policy::Policy;
 use tokio::sync::watch;
 
 use super::audit::Drift;
+use super::failures::{self, Failing, FailingServices};
 use super::sync::MapSync;
 use crate::daemon::health::{self, Addresses, Failures, Inputs};
 use crate::daemon::http::Room;
@@ -20,6 +22,8 @@ use crate::daemon::source::kubernetes::Events;
 use crate::node::conntrack::{self, UdpFrontends};
 use crate::node::devices::Survey;
 use crate::node::publish::publish;
+use crate::node::status::{ENDPOINTS_FAIL, ReportStatus, unix_seconds};
+use crate::node::view::PortName;
 
 /// The loop's ends of the tasks' channels.
 #[derive(Debug)]
@@ -33,6 +37,7 @@ pub(super) struct SideTasks {
     unmonitored: watch::Receiver<Vec<String>>,
     /// The Events to write, if they can be written.
     object_events: Option<watch::Sender<Arc<ObjectEvents>>>,
+    failing: watch::Receiver<FailingServices>,
 }
 
 impl SideTasks {
@@ -44,6 +49,7 @@ impl SideTasks {
         liveness: Arc<Liveness>,
         node: &str,
         events: Option<Events>,
+        maps: PathBuf,
     ) -> Self {
         let (checks, checks_of_task) = watch::channel(BTreeMap::new());
         let (addresses, addresses_of_task) = watch::channel(Addresses::Listed([].into()));
@@ -63,6 +69,8 @@ impl SideTasks {
         let _conntrack = tokio::spawn(conntrack::keep_clean(frontends_of_task, cleaned_of_task));
         let _monitoring =
             tokio::spawn(monitor::serve(Arc::new(monitor), at, room, unmonitored_of_task));
+        let (failing_of_task, failing) = watch::channel(FailingServices::new());
+        let _failures = tokio::spawn(failures::follow(maps, failing_of_task));
         let object_events = events.map(|events| {
             let (object_events, object_events_of_task) = watch::channel(Arc::default());
             let _announcing = tokio::spawn(kubernetes_events::serve(
@@ -81,15 +89,21 @@ impl SideTasks {
             cleaned,
             unmonitored,
             object_events,
+            failing,
         }
     }
 
     /// Publishes the Events about problems with objects, and about drift of this node.
     pub(super) fn publish_object_events(&self, sync: &MapSync, node: &str, drift: &Drift) {
         let Some(sender) = &self.object_events else { return };
-        let mut now = sync.object_events(node, &self.failures.borrow());
+        let mut now = sync.object_events(node, &self.failures.borrow(), &self.failing.borrow());
         drift.add_events(node, SystemTime::now(), &mut now);
         let _ = publish(sender, Arc::new(now));
+    }
+
+    /// Passes on what the node waits for until it is ready, for `/readyz`.
+    pub(super) fn set_waiting_for(&self, waiting_for: &[String]) {
+        self.liveness.set_waiting_for(waiting_for);
     }
 
     /// Passes the loop's state on to the tasks.
@@ -119,9 +133,25 @@ impl SideTasks {
         }
     }
 
-    /// Waits until the failures of health checks change.
+    /// Waits until the failures of health checks, or the Services that nobody reaches, change.
     pub(super) async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
-        self.failures.changed().await
+        tokio::select! {
+            changed = self.failures.changed() => changed,
+            changed = self.failing.changed() => changed,
+        }
+    }
+
+    /// Returns the Services that nobody reaches, as rows of the status.
+    pub(super) fn failing_services(&self) -> Vec<ReportStatus> {
+        let row = |(name, failing): (&PortName, &Failing)| ReportStatus {
+            level: "problem".to_owned(),
+            flaw: ENDPOINTS_FAIL.to_owned(),
+            subject: format!("Service {}/{}", name.namespace, name.service),
+            field: format!("port {}", name.port),
+            message: failing.message.clone(),
+            since: unix_seconds(failing.since),
+        };
+        self.failing.borrow().iter().map(row).collect()
     }
 
     /// Returns the problems of the tasks, for people.

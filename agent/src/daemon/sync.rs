@@ -11,18 +11,20 @@ use sluice_core::image::{
     Dataplane, EntryWrite, FamilyWrite, Image, ReadError, Reconciler, Stack, Write, diff,
 };
 use sluice_core::model::object::ObjectName;
-use sluice_core::model::report::{Flaw, Level};
+use sluice_core::model::report::{Flaw, Level, Note, Report, Subject};
 use sluice_core::model::{Event, HealthCheck, Model, SourceId};
 use sluice_core::plan::{Plan, node_ports_of_bits};
 use tokio::time::Instant;
 
 use crate::daemon::audit::{self, Found};
+use crate::daemon::endpoint_log::{EndpointLog, Endpoints};
+use crate::daemon::failures::FailingServices;
 use crate::daemon::health::Failures;
 use crate::daemon::kubernetes_events::{self, ObjectEvents};
 use crate::daemon::monitor::metrics::Metrics;
 use crate::node::backoff::Backoff;
 use crate::node::conntrack::UdpFrontends;
-use crate::node::dataplane::{Kernel, Maps};
+use crate::node::dataplane::{Digests, Kernel, Maps};
 use crate::node::devices::own::Vips as RoutedVips;
 use crate::node::difference::{self, State};
 use crate::node::status::{Counts, ReportStatus, SyncStatus, unix_seconds};
@@ -37,6 +39,8 @@ const RESYNC_AFTER: u32 = 4;
 struct Audit {
     /// The next step.
     step: usize,
+    /// What the plan adds up to in each step.
+    digests: Digests,
     /// The steps whose maps could not be read, and why.
     unreadable: BTreeMap<usize, String>,
 }
@@ -60,8 +64,9 @@ pub(super) struct MapSync {
     retry_at: Option<Instant>,
     last: Option<SyncStatus>,
     audit: Audit,
+    endpoint_log: EndpointLog,
     /// The reports that have been logged.
-    logged: BTreeSet<String>,
+    logged: BTreeSet<(Subject, Note)>,
     metrics: Arc<Metrics>,
 }
 
@@ -91,6 +96,7 @@ impl MapSync {
             retry_at: None,
             last: None,
             audit: Audit::default(),
+            endpoint_log: EndpointLog::default(),
             logged: BTreeSet::new(),
             metrics,
         })
@@ -122,8 +128,12 @@ impl MapSync {
         // The node's addresses must be known first: they decide which backends are local.
         let batch =
             if self.node_addresses.is_some() { self.model.take(SystemTime::now()) } else { None };
+        let mut before: Vec<(ObjectName, Endpoints)> = Vec::new();
         if let Some(batch) = &batch {
             self.udp_changed = true;
+            // The first full lists are one line as a whole.
+            let changed = batch.services.keys().filter(|_| !batch.complete);
+            before.extend(changed.map(|name| (name.clone(), self.plan.endpoints(name))));
             let update = self.plan.update(batch);
             for (service, notes) in update.notes {
                 self.model.set_plan_notes(&service, notes, SystemTime::now());
@@ -134,6 +144,9 @@ impl MapSync {
         let waiting = self.retry_at.is_some_and(|at| at > Instant::now());
         if writes > 0 && !waiting {
             self.write(writes, begun);
+        }
+        for (service, before) in before {
+            self.endpoint_log.changed(service, before, begun.elapsed());
         }
         if batch.is_some_and(|batch| batch.complete) && self.failing.is_none() {
             tracing::info!(
@@ -194,7 +207,7 @@ impl MapSync {
         let step = self.audit.step;
         self.audit.step = (step + 1) % Kernel::AUDIT_STEPS;
         let mut found = Vec::new();
-        match self.reconciler.dataplane.holds(step, self.plan.image()) {
+        match self.reconciler.dataplane.holds(step, self.plan.image(), &mut self.audit.digests) {
             Ok(is_held) => {
                 let _ = self.audit.unreadable.remove(&step);
                 if !is_held {
@@ -242,6 +255,7 @@ impl MapSync {
         for write in &writes {
             self.vips.follow(write);
         }
+        self.audit.digests.forget();
         self.reconciler.push(writes);
     }
 
@@ -361,31 +375,39 @@ impl MapSync {
         refused.map(|report| &report.subject).collect::<BTreeSet<_>>().len()
     }
 
-    /// Returns the Kubernetes Events to write, including those about failed health checks.
-    pub(super) fn object_events(&self, node: &str, failures: &Failures) -> ObjectEvents {
-        kubernetes_events::gather(node, self.model.reports().iter(), failures)
+    /// Returns the Kubernetes Events to write, including those about failed health checks and about
+    /// Services that nobody reaches.
+    pub(super) fn object_events(
+        &self,
+        node: &str,
+        failures: &Failures,
+        failing: &FailingServices,
+    ) -> ObjectEvents {
+        kubernetes_events::gather(node, self.model.reports().iter(), failures, failing)
     }
 
-    /// Logs each report once, when it appears and when it is gone.
+    /// Logs the Services whose endpoints have changed since the last call.
+    pub(super) fn log_endpoints(&mut self) {
+        let plan = &self.plan;
+        self.endpoint_log.flush(|service| plan.endpoints(service));
+    }
+
+    /// Logs each report once, when it appears and when it is gone. A source logs itself when it
+    /// fails.
     pub(super) fn log_reports(&mut self) {
-        for report in self.model.take_fresh_reports() {
-            let text = report.to_string();
-            let level = report.note.flaw.level();
-            if self.logged.insert(text.clone()) {
-                match level {
-                    // A notice does not affect traffic, so it is only in `sluice status` and in
-                    // verbose logs.
-                    Level::Notice => tracing::debug!("{text}"),
-                    Level::Problem => tracing::warn!("{text}"),
-                }
+        let is_logged = |report: &Report| report.note.flaw != Flaw::Unreachable;
+        for report in self.model.take_fresh_reports().into_iter().filter(is_logged) {
+            let key = (report.subject, report.note);
+            if self.logged.insert(key.clone()) {
+                log_report(&key, true);
             }
         }
-        let present: BTreeSet<String> =
-            self.model.reports().iter().map(ToString::to_string).collect();
-        self.logged.retain(|text| {
-            let stays = present.contains(text);
+        let present: BTreeSet<(&Subject, &Note)> =
+            self.model.reports().iter().map(|report| (&report.subject, &report.note)).collect();
+        self.logged.retain(|key| {
+            let stays = present.contains(&(&key.0, &key.1));
             if !stays {
-                tracing::info!("no longer: {text}");
+                log_report(key, false);
             }
             stays
         });
@@ -399,6 +421,18 @@ impl MapSync {
     /// Returns why writes fail, if they do.
     pub(super) fn failing(&self) -> Option<String> {
         self.failing.clone()
+    }
+}
+
+/// Logs that a report has appeared, or that it is gone. A notice does not affect traffic, so it is
+/// only in `sluice status` and in verbose logs.
+fn log_report((subject, Note { field, flaw, message }): &(Subject, Note), appears: bool) {
+    let (object, flaw, level) = (subject, flaw.word(), flaw.level());
+    match (level, appears) {
+        (Level::Notice, true) => tracing::debug!(%object, flaw, field, "{message}"),
+        (Level::Notice, false) => tracing::debug!(%object, flaw, field, "no longer: {message}"),
+        (Level::Problem, true) => tracing::warn!(%object, flaw, field, "{message}"),
+        (Level::Problem, false) => tracing::info!(%object, flaw, field, "no longer: {message}"),
     }
 }
 

@@ -4,6 +4,7 @@
 //! Everything is pinned (module `pins`), so packets keep flowing without an agent. A new agent
 //! finds the maps and links, reads the image back, and repairs the difference.
 
+mod attempts;
 mod audit;
 mod bpf;
 mod cleanup;
@@ -22,7 +23,10 @@ mod programs;
 mod read;
 mod route_mtus;
 pub(crate) mod trial;
+mod unanswered;
 
+pub(crate) use attempts::Attempts;
+pub use audit::Digests;
 pub use cleanup::cleanup;
 pub use datagrams::{DatagramKey, Datagrams};
 pub use error::Error;
@@ -37,5 +41,6 @@ pub use maps::{Access, FamilyMaps, Maps};
 pub use object::{Spec, difference};
 pub(crate) use pins::is_bpffs;
 pub use pins::{Found, Pins, is_kept};
-pub use read::{Fill, FlowEntry};
+pub use read::{Failures, Fill, FlowEntry};
 pub use route_mtus::RouteMtus;
+pub(crate) use unanswered::Pending;

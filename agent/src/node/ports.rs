@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 
 use sluice_common::path::PORT_RANGES;
 
+use crate::node::settings::Recorder;
+
 /// The folder of the settings for IPv4 below `/proc/sys`; these two apply to IPv6 as well.
 pub const SYSCTLS: &str = "net/ipv4";
 /// The range from which the kernel chooses ports.
@@ -85,8 +87,8 @@ pub enum PortsError {
         /// The value that it should have.
         wanted: String,
     },
-    /// The record of added ports cannot be read, written or removed.
-    #[error("cannot {action} {path}, the record of reserved ports: {cause}")]
+    /// The record of added ports cannot be read or written.
+    #[error("cannot {action} {path}, the record of changed settings: {cause}")]
     Record {
         /// The action that was tried.
         action: &'static str,
@@ -150,17 +152,13 @@ pub fn look(sysctls: &Path) -> Result<Option<String>, PortsError> {
 ///
 /// Fails if the ports cannot be kept apart, so that masqueraded clients would clash with the node's
 /// own connections.
-pub fn reserve(sysctls: &Path, record: &Path) -> Result<Option<String>, PortsError> {
+pub fn reserve(sysctls: &Path, recorder: &Recorder) -> Result<Option<String>, PortsError> {
     let reserved_path = sysctls.join(RESERVED);
     let Some(Missing { missing, wanted }) = Missing::read(sysctls)? else { return Ok(None) };
-    let before = recorded(record)?.unwrap_or_default();
+    let before = recorded(recorder)?.unwrap_or_default();
     let ours: Ports = before.union(&missing).copied().collect();
     // The record comes first, since ports that are added and not recorded would stay for ever.
-    fs::write(record, text(&ours) + "\n").map_err(|cause| PortsError::Record {
-        action: "write",
-        path: record.to_owned(),
-        cause,
-    })?;
+    record(recorder, &ours)?;
     fs::write(&reserved_path, text(&wanted)).map_err(|cause| PortsError::Reserve {
         ports: text(&missing),
         path: reserved_path,
@@ -179,13 +177,13 @@ pub fn reserve(sysctls: &Path, record: &Path) -> Result<Option<String>, PortsErr
 /// own sockets.
 pub fn follow_node_ports(
     sysctls: &Path,
-    record: &Path,
+    recorder: &Recorder,
     node_ports: &BTreeSet<u16>,
 ) -> Result<(String, String), PortsError> {
     let path = sysctls.join(RESERVED);
     let range = read(&sysctls.join(RANGE), range)?;
     let reserved = read(&path, list)?;
-    let before = recorded(record)?.unwrap_or_default();
+    let before = recorded(recorder)?.unwrap_or_default();
     let needed: Ports =
         overlap(&range).into_iter().chain(node_ports.intersection(&range).copied()).collect();
     let added: Ports = needed.difference(&reserved).copied().collect();
@@ -201,24 +199,17 @@ pub fn follow_node_ports(
         let count = node_ports.intersection(&range).count();
         return Err(PortsError::NodePorts { count, range: text(&range), left });
     }
-    let write = |ports: &Ports| {
-        fs::write(record, text(ports) + "\n").map_err(|cause| PortsError::Record {
-            action: "write",
-            path: record.to_owned(),
-            cause,
-        })
-    };
     let ours: Ports = before.union(&added).copied().collect();
     // Added ports are recorded first, and released ones are dropped from the record last, since
     // ports that are reserved and not recorded would stay for ever.
-    write(&ours)?;
+    record(recorder, &ours)?;
     fs::write(&path, text(&wanted) + "\n").map_err(|cause| PortsError::Reserve {
         ports: text(&added),
         path,
         cause,
         wanted: text(&wanted),
     })?;
-    write(&ours.difference(&given_back).copied().collect())?;
+    record(recorder, &ours.difference(&given_back).copied().collect())?;
     Ok((text(&added), text(&given_back)))
 }
 
@@ -227,8 +218,8 @@ pub fn follow_node_ports(
 /// # Errors
 ///
 /// Fails if the record or the setting cannot be used.
-pub fn release(sysctls: &Path, record: &Path) -> Result<Option<String>, PortsError> {
-    let Some(ours) = recorded(record)? else { return Ok(None) };
+pub fn release(sysctls: &Path, recorder: &Recorder) -> Result<Option<String>, PortsError> {
+    let Some(ours) = recorded(recorder)? else { return Ok(None) };
     let path = sysctls.join(RESERVED);
     let reserved = read(&path, list)?;
     let released: Ports = reserved.intersection(&ours).copied().collect();
@@ -241,22 +232,41 @@ pub fn release(sysctls: &Path, record: &Path) -> Result<Option<String>, PortsErr
             cause,
         })?;
     }
-    fs::remove_file(record).map_err(|cause| PortsError::Record {
-        action: "remove",
-        path: record.to_owned(),
-        cause,
-    })?;
+    record(recorder, &Ports::new())?;
     Ok(Some(text(&released)).filter(|ports| !ports.is_empty()))
 }
 
-/// Reads the record of added ports, if there is one.
-fn recorded(record: &Path) -> Result<Option<Ports>, PortsError> {
-    match fs::read_to_string(record) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(cause) => Err(PortsError::Record { action: "read", path: record.to_owned(), cause }),
-        // Nothing is removed because of an invalid record.
-        Ok(text) => Ok(Some(list(&text).unwrap_or_default())),
-    }
+/// Describes the ports that were added and that somebody has taken out of the setting.
+///
+/// # Errors
+///
+/// Fails if the record or the setting cannot be read.
+pub fn taken_out(sysctls: &Path, recorder: &Recorder) -> Result<Option<String>, PortsError> {
+    let Some(ours) = recorded(recorder)? else { return Ok(None) };
+    let reserved = read(&sysctls.join(RESERVED), list)?;
+    let gone: Ports = ours.difference(&reserved).copied().collect();
+    Ok((!gone.is_empty()).then(|| text(&gone)))
+}
+
+/// Reads the added ports from the record, if there are any.
+fn recorded(recorder: &Recorder) -> Result<Option<Ports>, PortsError> {
+    let ports = recorder.reserved_ports().map_err(|cause| PortsError::Record {
+        action: "read",
+        path: recorder.file(),
+        cause,
+    })?;
+    // Nothing is removed because of an invalid record.
+    Ok(ports.map(|ports| list(&ports).unwrap_or_default()))
+}
+
+/// Records the added ports.
+fn record(recorder: &Recorder, ports: &Ports) -> Result<(), PortsError> {
+    let words = (!ports.is_empty()).then(|| text(ports));
+    recorder.record_reserved_ports(words).map_err(|cause| PortsError::Record {
+        action: "write",
+        path: recorder.file(),
+        cause,
+    })
 }
 
 /// Reads a setting in one call, since the kernel does not return the rest of a long list to a
@@ -334,15 +344,15 @@ mod tests {
         }
 
         fn reserve(&self) -> Result<Option<String>, PortsError> {
-            reserve(self.0.path(), &self.record())
+            reserve(self.0.path(), &self.recorder())
         }
 
         fn release(&self) -> Option<String> {
-            release(self.0.path(), &self.record()).expect("released")
+            release(self.0.path(), &self.recorder()).expect("released")
         }
 
-        fn record(&self) -> PathBuf {
-            self.0.path().join("record")
+        fn recorder(&self) -> Recorder {
+            Recorder::new(self.0.path(), self.0.path())
         }
 
         fn reserved(&self) -> String {
@@ -408,13 +418,20 @@ mod tests {
     fn node_ports_that_the_kernel_may_choose_are_reserved_and_given_back() {
         let node = Node::new("30000\t60999", "31000");
         let follow = |ports: &[u16]| {
-            follow_node_ports(node.0.path(), &node.record(), &ports.iter().copied().collect())
+            follow_node_ports(node.0.path(), &node.recorder(), &ports.iter().copied().collect())
                 .map_err(|error| error.to_string())
         };
         let told = |added: &str, given_back: &str| Ok((added.to_owned(), given_back.to_owned()));
         assert_eq!(follow(&[8080]), told("", ""));
         assert_eq!(follow(&[30_080, 30_081, 31_000, 8080]), told("30080-30081", ""));
         assert_eq!(node.reserved(), "30080-30081,31000");
+        // Somebody takes one out.
+        let taken_out = || taken_out(node.0.path(), &node.recorder()).expect("read");
+        assert_eq!(taken_out(), None);
+        fs::write(node.0.path().join(RESERVED), "30080,31000\n").expect("written");
+        assert_eq!(taken_out().as_deref(), Some("30081"));
+        assert_eq!(follow(&[30_080, 30_081, 31_000, 8080]), told("30081", ""));
+        assert_eq!((taken_out(), node.reserved()), (None, "30080-30081,31000".to_owned()));
         assert_eq!(follow(&[30_081, 30_090]), told("30090", "30080"));
         assert_eq!(node.reserved(), "30081,30090,31000");
         let all: Vec<u16> = (30_000..=60_900).collect();

@@ -36,26 +36,6 @@ pub fn state_dir(pin_path: &Path) -> PathBuf {
     Path::new(STATE).join(format!("{hash:016x}"))
 }
 
-/// Returns the path of the record of reserved ports (see [`super::ports`]).
-#[must_use]
-pub fn reserved_ports(path: &Path) -> PathBuf {
-    path.join("reserved-ports")
-}
-
-/// Returns the path of the record of the loopback device's settings (see
-/// [`crate::node::devices::loopback`]).
-#[must_use]
-pub fn loopback(path: &Path) -> PathBuf {
-    path.join("loopback")
-}
-
-/// Returns the path of the record of connection tracking's settings (see
-/// [`crate::node::conntrack::limits`]).
-#[must_use]
-pub fn conntrack(path: &Path) -> PathBuf {
-    path.join("conntrack")
-}
-
 /// Converts a time to seconds since 1970.
 #[must_use]
 pub fn unix_seconds(time: SystemTime) -> u64 {
@@ -247,12 +227,15 @@ pub struct PolicyStatus {
     pub strays: Vec<IpAddr>,
 }
 
+/// The word for a Service of which every recent attempt has failed. That is no flaw of an object.
+pub const ENDPOINTS_FAIL: &str = "endpoints_fail";
+
 /// Something wrong with an object.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct ReportStatus {
     /// `problem` or `notice`.
     pub level: String,
-    /// The problem, as a word.
+    /// The problem, as a word: a flaw's, or `endpoints_fail`.
     pub flaw: String,
     /// The object.
     pub subject: String,

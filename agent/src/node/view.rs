@@ -14,7 +14,7 @@ use sluice_common::{V4, V6};
 use sluice_core::image::{Dataplane, Image, Stack};
 use sluice_core::model::object::Protocol;
 
-use crate::node::dataplane::{Access, Error, Kernel, Maps, Pins};
+use crate::node::dataplane::{Access, Error, Failures, Kernel, Maps, Pins};
 use crate::node::host;
 
 /// The content of the pinned maps, read once.
@@ -28,6 +28,8 @@ pub(crate) struct View {
     pub(crate) counters: BTreeMap<u32, BackendCounters>,
     /// Counters of connections that were translated at the socket.
     pub(crate) sockets: BTreeMap<u32, SocketCounters>,
+    /// What failed to begin.
+    pub(crate) failures: BTreeMap<u32, Failures>,
 }
 
 /// A backend of either family.
@@ -47,6 +49,8 @@ pub(crate) struct BackendView {
     pub(crate) counters: BackendCounters,
     /// Counters of connections that were translated at the socket.
     pub(crate) sockets: SocketCounters,
+    /// What failed to begin.
+    pub(crate) failures: Failures,
 }
 
 /// The counters of one backend, or of several.
@@ -56,6 +60,8 @@ pub(crate) struct Sums {
     pub(crate) packets: BackendCounters,
     /// Counters of connections that are translated at the socket.
     pub(crate) sockets: SocketCounters,
+    /// What failed to begin.
+    pub(crate) failures: Failures,
 }
 
 impl Sums {
@@ -63,6 +69,7 @@ impl Sums {
     pub(crate) fn add(&mut self, backend: &BackendView) {
         self.packets.add(&backend.counters);
         self.sockets.add(&backend.sockets);
+        self.failures.add(&backend.failures);
     }
 
     /// Returns the sums of each service port's backends.
@@ -222,7 +229,8 @@ impl View {
     pub(crate) fn with(kernel: Kernel, image: Image) -> anyhow::Result<Self> {
         let counters = kernel.maps().backend_counters()?;
         let sockets = kernel.maps().socket_counters()?;
-        Ok(Self { kernel, image, counters, sockets })
+        let failures = kernel.maps().failures()?;
+        Ok(Self { kernel, image, counters, sockets, failures })
     }
 
     /// Returns the owner of a service port.
@@ -269,6 +277,7 @@ impl View {
             serving: found.is_serving(),
             counters: self.counters.get(&(id | bit)).copied().unwrap_or_default(),
             sockets: self.sockets.get(&(id | bit)).copied().unwrap_or_default(),
+            failures: self.failures.get(&(id | bit)).copied().unwrap_or_default(),
         };
         F::of(&self.image).backends.iter().map(view).collect()
     }

@@ -28,7 +28,7 @@ mod trace;
 mod validate;
 mod version;
 
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -279,13 +279,23 @@ pub fn main() -> ExitCode {
     match run() {
         Ok(code) => code,
         Err(error) if error.is::<Usage>() => {
-            eprintln!("error: {error:#}\n\nFor more information, try '--help'.");
+            eprintln!("{} {error:#}\n\nFor more information, try '--help'.", alarm());
             ExitCode::from(2)
         }
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("{} {error:#}", alarm());
             if error.is::<Unknown>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
+    }
+}
+
+/// Returns the word before an error: red on a terminal, as clap's is.
+fn alarm() -> &'static str {
+    let is_plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    if std::io::stderr().is_terminal() && !is_plain {
+        "\u{1b}[1;31merror:\u{1b}[0m"
+    } else {
+        "error:"
     }
 }
 

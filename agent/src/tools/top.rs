@@ -19,6 +19,8 @@ pub(crate) struct Totals {
     pub(crate) bytes: u64,
     /// Flows that were opened, and connections that were established at the socket.
     pub(crate) connections: u64,
+    /// Flows and connections that failed to begin.
+    pub(crate) failed: u64,
     pub(crate) resets: u64,
 }
 
@@ -38,6 +40,7 @@ impl Totals {
                 + sockets.sent_bytes
                 + sockets.received_bytes,
             connections: packets.flows + sockets.connections,
+            failed: backend.failures.flows() + sockets.failed,
             resets: packets.forward_resets + packets.reply_resets + sockets.resets,
         }
     }
@@ -46,6 +49,7 @@ impl Totals {
         self.packets += more.packets;
         self.bytes += more.bytes;
         self.connections += more.connections;
+        self.failed += more.failed;
         self.resets += more.resets;
     }
 }
@@ -56,6 +60,7 @@ pub(crate) struct Rates {
     pub(crate) packets: f64,
     pub(crate) bytes: f64,
     pub(crate) connections: f64,
+    pub(crate) failed: f64,
     pub(crate) resets: f64,
 }
 
@@ -71,6 +76,7 @@ impl Rates {
             packets: rate(before.packets, after.packets, seconds),
             bytes: rate(before.bytes, after.bytes, seconds),
             connections: rate(before.connections, after.connections, seconds),
+            failed: rate(before.failed, after.failed, seconds),
             resets: rate(before.resets, after.resets, seconds),
         }
     }
@@ -175,7 +181,8 @@ pub(crate) mod tests {
     }
 
     fn totals(number: u64) -> Totals {
-        Totals { packets: number, bytes: number * 100, connections: number / 10, resets: 0 }
+        let (bytes, connections) = (number * 100, number / 10);
+        Totals { packets: number, bytes, connections, failed: number / 20, resets: 0 }
     }
 
     /// Returns a sample with multiples of what `web` counts in two seconds.
@@ -211,7 +218,13 @@ pub(crate) mod tests {
             .map(|(_, rates)| *rates);
         assert_eq!(
             web,
-            Some(Rates { packets: 100.0, bytes: 10_000.0, connections: 10.0, resets: 0.0 })
+            Some(Rates {
+                packets: 100.0,
+                bytes: 10_000.0,
+                connections: 10.0,
+                failed: 5.0,
+                resets: 0.0
+            })
         );
         assert_eq!(change.backends[&service("web")].len(), 2);
         let (_, count, rate) = change.causes[0].clone();

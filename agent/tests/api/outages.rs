@@ -9,6 +9,7 @@ use crate::support::line::Line;
 use crate::support::objects::Space;
 use crate::support::view::{expect, expect_problem, problem, programmed};
 use crate::support::{START, cluster, wait_for};
+use serde_json::Value;
 use sluice_lab::{LoadClients, LoadSize, Namespace, Router, Serve};
 
 /// The longest wait until the agent tries again after an outage of some seconds.
@@ -72,6 +73,65 @@ fn packets_flow_while_the_server_is_away_and_then_nothing_was_missed() {
     );
     ask();
     expect_problem(&node, false, NOTICED);
+}
+
+/// The lines of a log in JSON, without its first bytes.
+fn lines(log: &str, from: usize) -> Vec<Value> {
+    let lines = log.get(from..).unwrap_or_default().lines();
+    lines.map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"))).collect()
+}
+
+#[test]
+fn an_outage_has_a_line_at_its_begin_and_one_at_its_end() {
+    // Two minutes show no more than forty seconds.
+    let outage = if std::env::var_os("SLUICE_LAB_FULL").is_some() { 120 } else { 40 };
+    let Some(cluster) = cluster() else { return };
+    let space = Space::new(&cluster, "quiet");
+    let node = cluster.node("quiet");
+    space.bare_service("web", "10.96.7.1");
+    space.slice("web-a", "web", 8080, &["10.244.99.1", "10.244.99.2"]);
+    let mut agent = cluster.start_agent(&node, AGENT, &["--log-format", "json"]);
+    agent.wait_ready(START).expect("ready");
+    expect(&node, "quiet", &[("10.96.7.1:80", &["10.244.99.1:8080", "10.244.99.2:8080"])]);
+
+    // A Service whose endpoints change has a line.
+    let from = agent.log().len();
+    let one = serde_json::json!({"endpoints": [{"addresses": ["10.244.99.1"]}]});
+    space.edit("endpointslices", "web-a", &one);
+    let line = wait_for("a line about the Service", NOTICED, || {
+        let all = lines(&agent.log(), from);
+        let line = all.iter().find(|line| line["service"] == "quiet/web").cloned();
+        line.ok_or_else(|| format!("{all:?}"))
+    });
+    let fields = ["endpoints", "removed", "added"].map(|field| line[field].clone());
+    assert_eq!(fields, ["2->1".into(), "10.244.99.2:8080".into(), Value::Null], "{line}");
+    assert!(line["took"].as_str().is_some_and(|took| took.ends_with("ms")), "{line}");
+
+    let from = agent.log().len();
+    cluster.plane.kill_server().expect("killed");
+    expect_problem(&node, true, NOTICED);
+    std::thread::sleep(Duration::from_secs(outage));
+    let during = lines(&agent.log(), from);
+    let [line] = &during[..] else { panic!("{} lines: {during:#?}", during.len()) };
+    let (text, server) = (line["message"].as_str().unwrap_or_default(), &line["server"]);
+    assert!(line["level"] == "WARN" && text.contains("failed: "), "{line}");
+    assert!(server.as_str().is_some_and(|server| text.contains(server)), "{line}");
+    assert!(text.contains("https://") && text.contains("os error 111"), "{line}");
+
+    cluster.plane.start_server(&[]).expect("the server is back");
+    expect_problem(&node, false, 3 * NOTICED);
+    let end = wait_for("the end", NOTICED, || {
+        let all = lines(&agent.log(), from);
+        let is_end = |line: &&Value| line["message"].to_string().contains("answers again, after");
+        let end = all.iter().position(|line| is_end(&line));
+        end.map(|end| (end, all.clone())).ok_or_else(|| format!("{all:#?}"))
+    });
+    let (end, all) = end;
+    println!("{all:#?}");
+    // A server that starts may first say that it is not ready, and that it has forgotten.
+    assert!(end <= 3 && all.len() <= 7, "{all:#?}");
+    assert_eq!(all[end]["level"], "INFO", "{all:#?}");
+    assert!(!all.iter().any(|line| line["message"].to_string().contains("no longer")), "{all:#?}");
 }
 
 #[test]

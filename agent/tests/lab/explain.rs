@@ -185,6 +185,26 @@ fn names_stand_for_addresses_and_lists_are_as_kubectls() -> Result<()> {
         "{error}"
     );
 
+    // A plan against the live node: the same objects change nothing, fewer addresses cut off.
+    let same = format!("plan -f {}", cluster.manifests.directory().display());
+    let (code, text, error) = said(&same)?;
+    ensure!(code == Some(0) && text == "No frontend changes.\n", "{text}{error}");
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("web.yaml");
+    let [vip, _] = cluster_ip(WEB);
+    let less = format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: web, namespace: default}}\n\
+         spec: {{clusterIP: {vip}, ports: [{{name: http, port: {HTTP}}}]}}\n"
+    );
+    std::fs::write(&file, less)?;
+    let (code, text, error) = said(&format!("plan -f {} -o json", file.display()))?;
+    ensure!(code == Some(3), "{text}{error}");
+    let plan: Value = serde_json::from_str(&text)?;
+    follows_the_schema(&plan)?;
+    let lost = plan["changes"].as_array().into_iter().flatten();
+    let lost = lost.filter(|change| word(change, "how") == "removed" && change["loses"] == true);
+    ensure!(lost.count() > 1 && plan["loses"] == true, "{plan}");
+
     // A watch prints the row again when it has changed.
     let args = ["services", "web:http", "-w", "-o", "jsonpath={.connections} "];
     let mut watch = node.spawn_command(node.sluice_command(&args)?)?;

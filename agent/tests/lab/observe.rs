@@ -179,7 +179,7 @@ fn perf(cluster: &Cluster) -> Result<()> {
     let client = SocketAddr::new(cluster.client.ipv6().into(), 4001).to_string();
     let server = SocketAddr::new(vip6, PERF).to_string();
     let told = node.sluice(&["explain", "tcp", &client, &server, "--from", "pod"])?;
-    let line = format!("refused or did not answer {failed} connections from this node");
+    let line = format!("failed {failed} through this node: 1 refused");
     ensure!(told.contains(&line), "explain does not say {line:?}:\n{told}");
     Ok(())
 }

@@ -8,6 +8,7 @@ pub(crate) mod frame;
 pub(crate) mod random;
 pub(crate) mod raw;
 pub(crate) mod stack;
+pub(crate) mod terminal;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};

@@ -178,7 +178,7 @@ fn said(change: &Change) -> Option<&[Note]> {
 }
 
 /// Returns a client of the server.
-async fn connect(address: String, service_cidrs: bool) -> (kube::Client, Settings) {
+async fn connect(address: String, service_cidrs: bool) -> (kubernetes::Server, Settings) {
     let directory = tempfile::tempdir().expect("a directory");
     let kubeconfig = directory.path().join("config");
     let text = "apiVersion: v1\nkind: Config\nclusters: [{name: c, cluster: {server: \"http://192.0.2.1:1\"}}]\n\
@@ -190,15 +190,15 @@ async fn connect(address: String, service_cidrs: bool) -> (kube::Client, Setting
         service_cidrs,
         ..Settings::default()
     };
-    (kubernetes::connect(&settings).await.expect("a client"), settings)
+    (kubernetes::server(&settings).await.expect("a client"), settings)
 }
 
 /// Returns a source that watches the server: its events and its health.
 async fn watching(address: String, service_cidrs: bool) -> (mpsc::Receiver<Event>, Pulse) {
-    let (client, settings) = connect(address, service_cidrs).await;
+    let (server, settings) = connect(address, service_cidrs).await;
     let (sink, events) = mpsc::channel(64);
     let pulse = Pulse::default();
-    drop(tokio::spawn(kubernetes::watch(client, settings, sink, pulse.clone())));
+    drop(tokio::spawn(kubernetes::watch(server, settings, sink, pulse.clone())));
     (events, pulse)
 }
 
@@ -299,7 +299,7 @@ async fn a_server_that_goes_away_and_loses_its_history_removes_nothing() {
 #[tokio::test]
 async fn one_list_has_all_that_a_watch_delivers_first() {
     let (server, address) = Server::start().await;
-    let (client, settings) = connect(address, true).await;
+    let (kubernetes::Server { client, .. }, settings) = connect(address, true).await;
     let names = |events: &[Event]| {
         let name = |event: &Event| {
             if let Change::Service(name, Some(_)) = &event.change {

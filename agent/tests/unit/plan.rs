@@ -180,16 +180,16 @@ fn validation_finds_what_refers_to_nothing_and_what_has_no_effect() {
     for (old, new, code, finding) in [
         (
             "  type: LoadBalancer",
-            "  type: LoadBalancer\n  sesionAffinity: ClientIP",
+            "  type: LoadBalancer\n  affinity: ClientIP",
             0,
-            "warning unknown_field spec.sesionAffinity",
+            "warning unknown_field spec.affinity",
         ),
         ("  ports: [{", "  port: [{", 1, "refused unmatched_port spec.ports"),
         ("service-name: web", "service-name: wbe", 1, "refused no_service "),
         ("service-name: web", "service-name: wbe", 1, "warning no_endpoints "),
         (
             "name: http, port: 80,",
-            "name: htpt, port: 80,",
+            "name: wbe, port: 80,",
             1,
             "refused unmatched_port spec.ports[0].name",
         ),

@@ -101,7 +101,22 @@ impl SocketCounters {
     }
 }
 
-/// Bit that marks IPv6 backends in the keys of `backend_counts` and `socket_counts`.
+abi! {
+    /// The key of `failure_counts`, whose values are numbers of flows and connections.
+    ///
+    /// The programs count every failure but [`Failure::Unanswered`](crate::Failure::Unanswered),
+    /// which the agent alone writes.
+    #[derive(Default)]
+    pub struct FailureKey {
+        /// The backend, as in the keys of `backend_counts`.
+        pub backend: u32,
+        /// A [`crate::Failure`] as a number.
+        pub failure: u32,
+    } size 8
+}
+
+/// Bit that marks IPv6 backends in the keys of `backend_counts`, `socket_counts` and
+/// `failure_counts`.
 pub const COUNTER_V6: u32 = 1 << 31;
 
 abi! {

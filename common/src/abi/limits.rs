@@ -34,6 +34,8 @@ pub const ORIGINS_MAX: u32 = BACKENDS_MAX;
 pub const BACKEND_COUNTERS_MAX: u32 = 131_072;
 /// Entries of `reason_counts`, filled on first use.
 pub const REASON_COUNTERS_MAX: u32 = 65_536;
+/// Entries of `failure_counts`, filled on first use: 128 Ki x ~64 B = 8 MiB when full.
+pub const FAILURE_COUNTERS_MAX: u32 = BACKEND_COUNTERS_MAX;
 /// Entries of `socket_counts`, filled on first use.
 pub const SOCKET_COUNTERS_MAX: u32 = BACKEND_COUNTERS_MAX;
 /// Bytes of the ring buffer `events`: some 3 800 unread events.

@@ -24,7 +24,8 @@ abi! {
         pub seen: u32,
         /// The time at which the endpoint was last heard from, as far as renewals show, in
         /// [`Ticks`](super::Ticks); 0 if not yet. In a [guess](super::state::GUESS) it is the
-        /// number that the endpoint must acknowledge.
+        /// number that the endpoint must acknowledge. In an unproven flow without an answer it is
+        /// not 0 if an ICMP error has been counted as its failure, or if no SYN has opened it.
         pub replied: u32,
         /// The backend's generation when the flow chose it.
         pub generation: u16,

@@ -3,6 +3,7 @@
 //! The kernel and the host run the same code, over the tables that a [`FlowTable`] lends it.
 
 use crate::abi::{Affinity, AffinityKey, Flow, Tuple, flow};
+use crate::failure::Failure;
 use crate::family::Family;
 use crate::path::{
     self, Decision, Record, gives_way, is_as_fresh, leads_back, leads_to, mark, partner_key,
@@ -85,6 +86,9 @@ pub trait FlowTable<F: Family> {
 
     /// Sets bits of [`mark`]: something has happened at least once.
     fn set_marks(&mut self, bits: u32);
+
+    /// Counts a failure at a backend.
+    fn count_failure(&mut self, backend: u32, failure: Failure);
 }
 
 /// Records a decision's flow. `partner` is space for the entry of the other direction, for which
@@ -111,6 +115,9 @@ pub fn record<F: Family, T: FlowTable<F>>(
         Record::Demote => demote(decision, partner, tables)?,
         Record::Renew => renew(decision, partner, FlowMap::Flows, tables),
         Record::RenewEmbryonic => renew(decision, partner, FlowMap::Embryonic, tables),
+    }
+    if let Some(failure) = Failure::of(decision) {
+        tables.count_failure(decision.flow.backend, failure);
     }
     if decision.records_affinity {
         let flow = &decision.flow;

@@ -64,7 +64,8 @@ pub struct Headers<F: Family> {
     pub tuple: Tuple<F::Address>,
     /// The kind of the packet.
     pub kind: Kind,
-    /// TCP flags; for SCTP what its first chunk means in terms of them.
+    /// TCP flags; for SCTP what its first chunk means in terms of them; RST for an ICMP error that
+    /// says that the destination cannot be reached.
     pub tcp_flags: u8,
     /// The part of a datagram that it holds.
     pub fragment: Fragment,
@@ -129,6 +130,9 @@ pub trait Parse: Family<Address: Wire> {
     /// Reports whether an ICMP message of this type quotes a packet and concerns its sender. A
     /// redirect is none: the gateway that it names is on the link where it was sent.
     fn is_error(kind: u8) -> bool;
+    /// Reports whether an ICMP error of this type and code says that the network, host or port of
+    /// the quoted packet's destination cannot be reached.
+    fn is_unreachable(kind: u8, code: u8) -> bool;
 }
 
 /// Finds the network header after up to two VLAN tags.
@@ -197,6 +201,12 @@ impl Parse for V4 {
         // parameter problem. Source quench is obsolete (RFC 6633), but netfilter translates it too.
         matches!(kind, 3 | 4 | 11 | 12)
     }
+
+    #[inline(always)]
+    fn is_unreachable(kind: u8, code: u8) -> bool {
+        // Fragmentation needed asks for smaller packets.
+        kind == 3 && code != 4
+    }
 }
 
 impl Parse for V6 {
@@ -245,6 +255,11 @@ impl Parse for V6 {
     fn is_error(kind: u8) -> bool {
         // Destination unreachable, packet too big, time exceeded, parameter problem.
         matches!(kind, 1..=4)
+    }
+
+    #[inline(always)]
+    fn is_unreachable(kind: u8, _: u8) -> bool {
+        kind == 1
     }
 }
 
@@ -543,6 +558,7 @@ fn icmp<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload: u32)
         reserved: [0; 2],
     };
     headers.kind = Kind::IcmpError;
+    headers.tcp_flags = if F::is_unreachable(header.kind, header.code) { tcp::RST } else { 0 };
     headers.quoted_network = offset;
     headers.quoted_transport = quoted.transport;
     headers.quoted_checksum = quoted.checksum;

@@ -1,6 +1,7 @@
 //! Packets that have a flow entry.
 
 use crate::abi::{Flow, Ticks, Tuple, flow, state};
+use crate::failure;
 use crate::family::Family;
 use crate::packet::header::{protocol, tcp};
 use crate::packet::parse::{Headers, Kind};
@@ -101,6 +102,16 @@ pub(super) fn follow_entry<F: Family, T: Tables<F>>(
             verdict,
             if entry.translates_source() { Reason::Stranger } else { Reason::IcmpError },
         );
+        if is_embryonic
+            && is_reply
+            && headers.tcp_flags & tcp::RST != 0
+            && failure::is_pending(entry)
+        {
+            // The flow's first error: the time shows the later ones that it is counted.
+            decision.flow.replied = tables.now().max(1);
+            decision.record = Record::RenewEmbryonic;
+            decision.depends_on_source = true;
+        }
         return true;
     }
     let now = tables.now();

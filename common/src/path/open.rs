@@ -172,6 +172,8 @@ fn record_first<F: Family>(hook: Hook, headers: &Headers<F>, decision: &mut Deci
         decision.set(verdict, Reason::Recovered);
         if tcp_flags & tcp::RST == 0 && !decision.is_foreign {
             decision.record = Record::Establish;
+            // No SYN waits for an answer.
+            decision.flow.replied = decision.flow.seen.max(1);
         }
         // Otherwise this is the last packet of the connection, or not its client's: nothing is
         // recorded, but its port stays as it was.

@@ -4,7 +4,6 @@
 
 #![allow(non_upper_case_globals, reason = "a map's name is what `bpftool map` shows")]
 
-use core::arch::asm;
 use core::ptr::null_mut;
 
 use aya_ebpf::bindings::{
@@ -17,9 +16,10 @@ use aya_ebpf::btf_maps::{PerCpuHashMap, SkStorage};
 use aya_ebpf::helpers::generated::{bpf_sk_storage_get, bpf_sock_ops_cb_flags_set};
 use aya_ebpf::macros::btf_map;
 use sluice_common::abi::{Connection, Ipv4Address, Peer, SOCKET_COUNTERS_MAX, SocketCounters};
-use sluice_common::{V4, V6};
+use sluice_common::{Failure, V4, V6};
 
 use super::clock::now;
+use super::count::{self, add};
 use super::maps::Maps;
 use super::socket::{address_v6, mapped};
 
@@ -41,18 +41,11 @@ static socket_counts: PerCpuHashMap<
     { BPF_F_NO_PREALLOC as usize },
 > = PerCpuHashMap::new();
 
-/// Adds to a counter of this CPU. The addition is atomic because an interrupt may count the end of
-/// another connection in the middle of it.
-#[inline(always)]
-fn add(counter: &mut u64, more: u64) {
-    // SAFETY: one atomic addition to a live, aligned word.
-    unsafe {
-        asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) core::ptr::from_mut(counter), in(reg) more, options(nostack));
-    }
-}
-
 /// Returns the counters of a backend, which are made on first use. A counter that cannot be made
 /// changes nothing else.
+///
+/// They are written by atomic additions, because an interrupt may count the end of another
+/// connection in the middle of one.
 #[inline(always)]
 fn counters(backend: u32) -> Option<&'static mut SocketCounters> {
     if socket_counts.get_ptr_mut(backend).is_none() {
@@ -245,6 +238,13 @@ fn on_state_change(ops: *mut bpf_sock_ops) {
     count(ops, connection, counters);
     if old == BPF_TCP_SYN_SENT {
         add(&mut counters.failed, 1);
+        // The one segment that ends a handshake is a reset.
+        let failure = if connection.received_segments == 0 {
+            Failure::SocketUnanswered
+        } else {
+            Failure::SocketRefused
+        };
+        count::failure(connection.backend, failure);
         return;
     }
     add(&mut counters.closed, 1);

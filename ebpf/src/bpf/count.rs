@@ -1,11 +1,13 @@
 //! Counters. A counter that cannot be made or found changes nothing else.
 
+use core::arch::asm;
+
 use aya_ebpf::bindings::BPF_NOEXIST;
-use sluice_common::Reason;
-use sluice_common::abi::{BackendCounters, ReasonCounters, ReasonKey};
+use sluice_common::abi::{BackendCounters, FailureKey, ReasonCounters, ReasonKey};
 use sluice_common::engine::count::Count;
 use sluice_common::packet::parse::Headers;
 use sluice_common::path::{Decision, Hook};
+use sluice_common::{Failure, Reason};
 
 use super::events::{self, Emit};
 use super::maps::{self, Maps};
@@ -59,6 +61,29 @@ fn backend<F: Maps>(id: u32, add: impl Fn(&mut BackendCounters)) {
     };
     add(&mut counters);
     let _ = maps::backend_counts.insert(key, counters, u64::from(BPF_NOEXIST));
+}
+
+/// Counts a failure at a backend, a key of `backend_counts`. The addition is atomic because the
+/// value is that of all CPUs.
+#[inline(always)]
+pub(super) fn failure(backend: u32, failure: Failure) {
+    let key = FailureKey { backend, failure: failure as u32 };
+    if maps::failure_counts.get_ptr_mut(key).is_none() {
+        let _ = maps::failure_counts.insert(key, 0, u64::from(BPF_NOEXIST));
+    }
+    if let Some(count) = maps::failure_counts.get_ptr_mut(key) {
+        // SAFETY: the value lives as long as the program runs; it is written by single additions.
+        add(unsafe { &mut *count }, 1);
+    }
+}
+
+/// Adds to a counter in one atomic addition.
+#[inline(always)]
+pub(super) fn add(counter: &mut u64, more: u64) {
+    // SAFETY: one atomic addition to a live, aligned word.
+    unsafe {
+        asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) core::ptr::from_mut(counter), in(reg) more, options(nostack));
+    }
 }
 
 /// Counts a packet or call by its reason.

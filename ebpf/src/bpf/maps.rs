@@ -8,12 +8,12 @@ use aya_ebpf::macros::btf_map;
 use sluice_common::abi::{
     ADDRESS_WORDS, AFFINITY_MAX, Affinity, AffinityKey, BACKEND_COUNTERS_MAX, BACKENDS_MAX,
     Backend, BackendCounters, CALLERS_MAX, CallerKey, DEVICES_MAX, Datagram, DatagramPorts, Device,
-    EMBRYONIC_MAX, EXHAUSTED_MAX, FLOWS_MAX, FRAGMENTS_MAX, Flow, IMPORTED_MAX, Ipv4Address,
-    Ipv6Address, NAMES_MAX, NODE_ADDRESSES_MAX, NODE_PORT_WORDS, Name, Networks, NodeAddress,
-    ORIGINS_MAX, OriginKey, Origins, PORTS_MAX, Peer, Peers, REASON_COUNTERS_MAX, REJECTS_MAX,
-    ROUTE_MTUS_MAX, ReasonCounters, ReasonKey, RejectBucket, RejectKey, RouteMtu, SERVICES_MAX,
-    SLOT_BLOCKS_MAX, SOURCE_RANGES_MAX, Service, ServiceKey, ServicePort, Settings, SlotBlock,
-    SourceRange, Tuple,
+    EMBRYONIC_MAX, EXHAUSTED_MAX, FAILURE_COUNTERS_MAX, FLOWS_MAX, FRAGMENTS_MAX, FailureKey, Flow,
+    IMPORTED_MAX, Ipv4Address, Ipv6Address, NAMES_MAX, NODE_ADDRESSES_MAX, NODE_PORT_WORDS, Name,
+    Networks, NodeAddress, ORIGINS_MAX, OriginKey, Origins, PORTS_MAX, Peer, Peers,
+    REASON_COUNTERS_MAX, REJECTS_MAX, ROUTE_MTUS_MAX, ReasonCounters, ReasonKey, RejectBucket,
+    RejectKey, RouteMtu, SERVICES_MAX, SLOT_BLOCKS_MAX, SOURCE_RANGES_MAX, Service, ServiceKey,
+    ServicePort, Settings, SlotBlock, SourceRange, Tuple,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -74,6 +74,13 @@ pub(super) static backend_counts: PerCpuHashMap<
     { BACKEND_COUNTERS_MAX as usize },
     LAZY,
 > = PerCpuHashMap::new();
+#[btf_map]
+pub(super) static failure_counts: HashMap<
+    FailureKey,
+    u64,
+    { FAILURE_COUNTERS_MAX as usize },
+    LAZY,
+> = HashMap::new();
 #[btf_map]
 pub(super) static reason_counts: PerCpuHashMap<
     ReasonKey,

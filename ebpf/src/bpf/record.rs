@@ -1,13 +1,14 @@
 //! Lends [`record`] the maps.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use sluice_common::Reason;
 use sluice_common::abi::{Affinity, AffinityKey, Flow, Tuple};
 use sluice_common::engine::record::{FlowMap, FlowTable, InsertError, Partner, Renewal, record};
 use sluice_common::path::Decision;
 #[cfg(not(feature = "both-layouts"))]
 use sluice_common::path::leads_to;
+use sluice_common::{Failure, Reason};
 
+use super::count;
 use super::maps::{self, Maps};
 
 const ANY: u64 = BPF_ANY as u64;
@@ -103,6 +104,11 @@ impl<F: Maps> FlowTable<F> for Flows {
     #[inline(always)]
     fn record_affinity(&mut self, client: &AffinityKey<F::Address>, to: &Affinity) {
         let _ = F::affinity().insert(client, to, ANY);
+    }
+
+    #[inline(always)]
+    fn count_failure(&mut self, backend: u32, failure: Failure) {
+        count::failure(backend | F::COUNTER, failure);
     }
 
     #[inline(always)]

@@ -12,41 +12,76 @@ use sluice_core::policy::SocketPath;
 use tokio::sync::mpsc;
 
 use super::{Options, Source};
+use crate::daemon::audit::Found;
 use crate::daemon::source::{Pulse, kubernetes, manifests};
 use crate::daemon::takeover::{self, request};
-use crate::node::conntrack::limits;
 use crate::node::dataplane::{Loaded, Pins, load};
 use crate::node::devices::loopback;
 use crate::node::devices::own::OwnRoutes;
-use crate::node::{fragments, host, ipsec, ports, status};
+use crate::node::settings::{Recorder, Restored, dotted};
+use crate::node::{fragments, host, ipsec, ports};
 
-/// The setting that keeps ports from the node's own sockets.
+/// The settings of the node that the agent has changed.
 #[derive(Debug)]
-pub(super) struct ReservedPorts {
+pub(super) struct NodeSettings {
     sysctls: PathBuf,
-    record: PathBuf,
+    recorder: Recorder,
+    /// The node ports that were reserved last, if they are known.
+    node_ports: Option<BTreeSet<u16>>,
 }
 
-impl ReservedPorts {
-    /// Reserves the ports that masqueraded clients get.
-    fn reserve(options: &Options) -> anyhow::Result<Self> {
-        let reserved = Self {
+impl NodeSettings {
+    /// Changes the settings of the node and of this process that the agent needs. Only ports that
+    /// cannot be reserved keep it from starting.
+    pub(super) fn apply(options: &Options) -> anyhow::Result<Self> {
+        let mut this = Self {
             sysctls: options.proc_sys.join(ports::SYSCTLS),
-            record: status::reserved_ports(&options.state_dir),
+            recorder: Recorder::new(&options.proc_sys, &options.state_dir),
+            node_ports: None,
         };
-        if let Some(ports) = ports::reserve(&reserved.sysctls, &reserved.record)? {
+        if let Some(ports) = ports::reserve(&this.sysctls, &this.recorder)? {
             tracing::info!(
                 ports,
                 "added the ports of masqueraded clients to net.ipv4.ip_local_reserved_ports"
             );
         }
-        Ok(reserved)
+        this.set_loopback();
+        if let Err(error) = host::raise_descriptors() {
+            tracing::warn!(
+                "cannot raise the limit of open files (RLIMIT_NOFILE) to its hard limit: {error}"
+            );
+        }
+        let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
+        for failure in options.conntrack.apply(&mut this.recorder, cpus) {
+            tracing::warn!("{failure}");
+        }
+        if let Some(score) = options.oom_score_adj
+            && let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string())
+        {
+            tracing::warn!("cannot set /proc/self/oom_score_adj to {score}: {error}");
+        }
+        Ok(this)
+    }
+
+    /// Turns on the settings of `lo` that answers to the node's own processes need.
+    fn set_loopback(&mut self) {
+        match loopback::prepare(&mut self.recorder) {
+            Ok(changed) if changed.is_empty() => {}
+            Ok(changed) => {
+                tracing::info!(settings = changed.join(","), "turned on settings of the device lo");
+            }
+            Err(error) => tracing::warn!(
+                "processes of this host get no answers from Services at the node's own addresses, \
+                 unless their calls are translated at the socket: {error}; set it yourself: sysctl \
+                 -w net.ipv4.conf.lo.accept_local=1 net.ipv4.conf.lo.route_localnet=1"
+            ),
+        }
     }
 
     /// Reserves exactly these node ports. A socket of the node with such a port would get answers
     /// that clients' requests belong to.
-    pub(super) fn follow(&self, node_ports: &BTreeSet<u16>) {
-        match ports::follow_node_ports(&self.sysctls, &self.record, node_ports) {
+    pub(super) fn follow(&mut self, node_ports: BTreeSet<u16>) {
+        match ports::follow_node_ports(&self.sysctls, &self.recorder, &node_ports) {
             Ok((added, given_back)) => {
                 if !added.is_empty() {
                     tracing::info!(
@@ -63,45 +98,36 @@ impl ReservedPorts {
             }
             Err(error) => tracing::warn!("{error}"),
         }
+        self.node_ports = Some(node_ports);
     }
-}
 
-/// Changes the settings of the node and of this process that the agent needs. Only ports that
-/// cannot be reserved keep it from starting.
-pub(super) fn set_node(options: &Options) -> anyhow::Result<ReservedPorts> {
-    let reserved = ReservedPorts::reserve(options)?;
-    set_loopback(options);
-    if let Err(error) = host::raise_descriptors() {
-        tracing::warn!(
-            "cannot raise the limit of open files (RLIMIT_NOFILE) to its hard limit: {error}"
-        );
+    /// Sets again what somebody has changed. Returns what was found.
+    pub(super) fn audit(&self) -> Vec<Found> {
+        let restored = self.recorder.audit().into_iter();
+        let mut found: Vec<Found> = restored
+            .map(|Restored { name, found, result }| {
+                Found::new(dotted(&name), format!("its value is {found:?}"), result)
+            })
+            .collect();
+        found.extend(self.audit_ports());
+        found
     }
-    let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
-    let record = status::conntrack(&options.state_dir);
-    let sysctls = options.proc_sys.join(limits::SYSCTLS);
-    for failure in options.conntrack.apply(&sysctls, &record, cpus) {
-        tracing::warn!("{failure}");
-    }
-    if let Some(score) = options.oom_score_adj
-        && let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string())
-    {
-        tracing::warn!("cannot set /proc/self/oom_score_adj to {score}: {error}");
-    }
-    Ok(reserved)
-}
 
-/// Turns on the settings of `lo` that answers to the node's own processes need.
-fn set_loopback(options: &Options) {
-    match loopback::prepare(&options.proc_sys, &status::loopback(&options.state_dir)) {
-        Ok(changed) if changed.is_empty() => {}
-        Ok(changed) => {
-            tracing::info!(settings = changed.join(","), "turned on settings of the device lo");
+    fn audit_ports(&self) -> Option<Found> {
+        let place = "net.ipv4.ip_local_reserved_ports";
+        // Before the Services are known, node ports of the last agent's time stay.
+        let node_ports = self.node_ports.as_ref()?;
+        let taken_out = match ports::taken_out(&self.sysctls, &self.recorder) {
+            Ok(taken_out) => taken_out?,
+            Err(error) => return Some(Found::new(place, "it cannot be compared", Err(error))),
+        };
+        let what = format!("ports {taken_out} were taken out");
+        match ports::follow_node_ports(&self.sysctls, &self.recorder, node_ports) {
+            // Those that nobody needs any more stay out.
+            Ok((added, _)) if added.is_empty() => None,
+            Ok(_) => Some(Found::new(place, what, Ok::<(), String>(()))),
+            Err(error) => Some(Found::new(place, what, Err(error))),
         }
-        Err(error) => tracing::warn!(
-            "processes of this host get no answers from Services at the node's own addresses, \
-             unless their calls are translated at the socket: {error}; set it yourself: sysctl -w \
-             net.ipv4.conf.lo.accept_local=1 net.ipv4.conf.lo.route_localnet=1"
-        ),
     }
 }
 
@@ -178,9 +204,9 @@ pub(super) fn hold_fragments(own_device: u32, maps: &Path) {
 }
 
 /// Prepares a client of the API server, if that is a source. The server need not be reachable.
-pub(super) async fn connect(options: &Options) -> anyhow::Result<Option<kubernetes::Client>> {
+pub(super) async fn connect(options: &Options) -> anyhow::Result<Option<kubernetes::Server>> {
     let Some(settings) = &options.kubernetes else { return Ok(None) };
-    kubernetes::connect(settings).await.map(Some).context(
+    kubernetes::server(settings).await.map(Some).context(
         "cannot reach the API server; give --kubeconfig, or --manifests to work from files alone",
     )
 }
@@ -188,7 +214,7 @@ pub(super) async fn connect(options: &Options) -> anyhow::Result<Option<kubernet
 /// Starts the sources. If the API server is one of them, Events can be written there.
 pub(super) fn start_sources(
     options: &Options,
-    client: Option<kubernetes::Client>,
+    server: Option<kubernetes::Server>,
     events: &mpsc::Sender<Event>,
 ) -> (Vec<Source>, Option<kubernetes::Events>) {
     let mut sources = Vec::new();
@@ -199,21 +225,16 @@ pub(super) fn start_sources(
             tokio::spawn(manifests::watch(folder.clone(), events.clone(), pulse.clone()));
         sources.push(Source { id: SourceId::Manifests, from: folder.display().to_string(), pulse });
     }
-    if let (Some(settings), Some(client)) = (&options.kubernetes, client) {
+    if let (Some(settings), Some(server)) = (&options.kubernetes, server) {
         let pulse = Pulse::default();
-        writer = Some(kubernetes::Events::new(client.clone(), &options.node));
+        writer = Some(kubernetes::Events::new(server.client.clone(), &options.node));
+        let from = server.address.clone();
         let _watching = tokio::spawn(kubernetes::watch(
-            client,
+            server,
             settings.clone(),
             events.clone(),
             pulse.clone(),
         ));
-        let kubeconfig = settings.kubeconfig.as_ref().map(|path| path.display().to_string());
-        let from = settings
-            .api
-            .clone()
-            .or(kubeconfig)
-            .unwrap_or_else(|| "(configured by the environment)".to_owned());
         sources.push(Source { id: SourceId::Kubernetes, from, pulse });
     }
     (sources, writer)

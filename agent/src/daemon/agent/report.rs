@@ -10,7 +10,7 @@ use super::{Agent, Source};
 use crate::daemon::attacher::Attachments;
 use crate::node::devices::addresses::stray_problem;
 use crate::node::devices::watch::Watched;
-use crate::node::status::{PolicyStatus, SourceStatus, unix_seconds};
+use crate::node::status::{PolicyStatus, SourceStatus, Status, unix_seconds};
 
 impl Agent {
     /// Whether this node serves everything that the sources ask for. Objects that were refused for
@@ -48,6 +48,7 @@ impl Agent {
         status.devices = attachments.devices;
         status.socket_path = attachments.sockets;
         status.reports = self.sync.reports();
+        status.reports.extend(self.side_tasks.failing_services());
         status.last_sync = self.sync.last();
         status.failing = self.sync.failing();
         status.drift = self.drift.status();
@@ -151,6 +152,11 @@ impl Agent {
 
     /// Writes the status file. A failure stops nothing else and is logged once.
     pub(super) fn write_status(&mut self) {
+        let Status { ready, waiting_for, .. } = &self.status;
+        // A node that waits for nothing may still not be ready, for a moment.
+        let unknown = ["the programs to be attached".to_owned()];
+        let reasons = if *ready || !waiting_for.is_empty() { &waiting_for[..] } else { &unknown };
+        self.side_tasks.set_waiting_for(if *ready { &[] } else { reasons });
         let result = self.state.write(&self.status);
         match &result {
             Err(error) if !self.is_status_unwritten => tracing::warn!("{error}"),

@@ -2,6 +2,9 @@ use std::time::SystemTime;
 
 use sluice_core::model::report::Note;
 
+use crate::daemon::failures::Failing;
+use crate::node::view::PortName;
+
 use super::*;
 
 fn report(name: &str, flaw: Flaw, field: &str, message: &str) -> Report {
@@ -10,7 +13,7 @@ fn report(name: &str, flaw: Flaw, field: &str, message: &str) -> Report {
 }
 
 fn gathered(reports: &[Report]) -> ObjectEvents {
-    gather("n1", reports.iter(), &Failures::new())
+    gather("n1", reports.iter(), &Failures::new(), &FailingServices::new())
 }
 
 fn lost(names: &[&str]) -> ObjectEvents {
@@ -69,7 +72,7 @@ fn all_nodes_have_one_name_for_what_is_wrong_with_an_object_and_each_its_own_for
 
     let failure = Failure { port: 30_100, causes: vec!["in use".into()] };
     let failures = Failures::from([(ObjectName::new("shop", "web"), failure)]);
-    let own = first(&gather("n1", [].into_iter(), &failures));
+    let own = first(&gather("n1", [].into_iter(), &failures, &FailingServices::new()));
     assert_eq!(own.finding.reason, "FailedToStartServiceHealthcheck");
     assert!(own.note.starts_with("on node n1: "), "{}", own.note);
     assert_ne!(own.event_name("uid", "n1"), own.event_name("uid", "n2"));
@@ -174,4 +177,26 @@ fn what_could_not_be_written_is_tried_again_much_later() {
     let Next::Wait(due) = schedule.next(begin, &all) else { panic!("written immediately") };
     schedule.tried(due, &finding, &Outcome::Failed("forbidden".into()));
     assert_eq!(schedule.next(due, &all), Next::Wait(due + RETRY));
+}
+
+#[test]
+fn a_service_that_nobody_reaches_has_one_event_when_that_has_lasted() {
+    let port = PortName {
+        namespace: "shop".to_owned(),
+        service: "web".to_owned(),
+        label: "http".to_owned(),
+        port: 80,
+        protocol: "TCP".to_owned(),
+    };
+    let at = |node: &str, since: SystemTime| {
+        let failing = Failing { since, message: "none of 7 attempts".to_owned() };
+        let failing = FailingServices::from([(port.clone(), failing)]);
+        gather(node, [].into_iter(), &Failures::new(), &failing)
+    };
+    assert_eq!(at("n1", SystemTime::now()), ObjectEvents::new(), "it may end at once");
+    let [one, other] = ["n1", "n2"].map(|node| first(&at(node, SystemTime::UNIX_EPOCH)));
+    assert_eq!(one.note, "on node n1, port 80: none of 7 attempts");
+    let names = [one.event_name("uid", "n1"), other.event_name("uid", "n2")];
+    assert_eq!(names[0], names[1], "one for the whole cluster");
+    assert_eq!(one.finding.name, ObjectName::new("shop", "web"));
 }

@@ -58,8 +58,11 @@ const METRICS: [Metric; 8] = [
     },
     Metric {
         name: "failed",
-        help: "TCP connections that were refused or not answered (socket)",
-        parts: |sums| vec![(SOCKET, None, sums.sockets.failed)],
+        help: "Flows that were refused, not answered or unreachable (packet), and TCP connections \
+               that were refused or not answered (socket)",
+        parts: |sums| {
+            vec![(PACKET, None, sums.failures.flows()), (SOCKET, None, sums.sockets.failed)]
+        },
     },
     Metric {
         name: "resets",
@@ -187,7 +190,9 @@ fn of_backend(view: &View, backend: &BackendView) -> Option<(Labels, Sums)> {
     let id = backend.service_port;
     let mut labels = labels_of(&view.name(id)?, family(view, id));
     labels.push(("backend", backend.address.to_string()));
-    Some((labels, Sums { packets: backend.counters, sockets: backend.sockets }))
+    let mut sums = Sums::default();
+    sums.add(backend);
+    Some((labels, sums))
 }
 
 fn family(view: &View, service_port: u32) -> u8 {

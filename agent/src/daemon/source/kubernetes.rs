@@ -10,6 +10,7 @@
 
 mod connection;
 mod events;
+mod outage;
 mod requests;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,6 +37,7 @@ use super::decode::{
     Decoder, HEADLESS_LABEL, Kind, Meta, PROXY_NAME_LABEL, TRIGGER_ANNOTATION, change,
 };
 use crate::node::backoff::Backoff;
+use outage::{Failed, Outage};
 
 /// A watch is restarted after this long. If the server then sends nothing for some seconds, the
 /// connection counts as dead. A cut line is noticed within half a minute (see `connection`), and a
@@ -103,6 +105,24 @@ pub enum ConnectError {
 ///
 /// Fails if there is no configuration, or it is unusable.
 pub async fn connect(settings: &Settings) -> Result<Client, ConnectError> {
+    server(settings).await.map(|server| server.client)
+}
+
+/// A client with the server's address, for people.
+#[derive(Clone)]
+pub struct Server {
+    /// The client.
+    pub client: Client,
+    /// The server's address.
+    pub address: String,
+}
+
+/// Makes a client, as [`connect`] does, with the server's address.
+///
+/// # Errors
+///
+/// When there is no configuration, or it is unusable.
+pub async fn server(settings: &Settings) -> Result<Server, ConnectError> {
     let mut config = match &settings.kubeconfig {
         Some(path) => {
             let tried = path.display().to_string();
@@ -127,9 +147,12 @@ pub async fn connect(settings: &Settings) -> Result<Client, ConnectError> {
     config.reset_reader_on_write = true;
     let address = config.cluster_url.to_string();
     let host = config.cluster_url.authority().map(ToString::to_string).unwrap_or_default();
-    let client = connection::client(config)
-        .map_err(|cause| ConnectError::Client { address, cause: Box::new(cause) })?;
-    Ok(settings.requests.counting(&client, &host))
+    let client = connection::client(config).map_err(|cause| ConnectError::Client {
+        address: address.clone(),
+        cause: Box::new(cause),
+    })?;
+    let client = settings.requests.counting(&client, &host);
+    Ok(Server { client, address: address.trim_end_matches('/').to_owned() })
 }
 
 /// Returns the kinds to watch, with the selection of objects.
@@ -191,7 +214,8 @@ pub async fn list(client: Client, settings: &Settings) -> Result<Vec<Event>, Lis
 }
 
 /// Watches the API server until the receiver is gone.
-pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>, pulse: Pulse) {
+pub async fn watch(server: Server, settings: Settings, sink: mpsc::Sender<Event>, pulse: Pulse) {
+    let Server { client, address } = server;
     // A watch that recovers from a failure may have no events. So the connection reports each
     // request that succeeds.
     let (succeeded, mut successes) = mpsc::unbounded_channel();
@@ -199,7 +223,12 @@ pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>
         objects(connection::reporting(&client, kind, succeeded.clone()), kind, config)
     });
     let mut stream = futures::stream::select_all(streams);
-    let mut watch = Watch { intake: Intake::default(), pulse, is_cidr_failure_logged: false };
+    let mut watch = Watch {
+        intake: Intake::default(),
+        outage: Outage::new(&address),
+        pulse,
+        is_cidr_failure_logged: false,
+    };
     loop {
         let changes = tokio::select! {
             // A success comes before the events in it.
@@ -223,6 +252,7 @@ pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>
 /// The state of the watch of all kinds.
 struct Watch {
     intake: Intake,
+    outage: Outage,
     pulse: Pulse,
     is_cidr_failure_logged: bool,
 }
@@ -230,7 +260,11 @@ struct Watch {
 impl Watch {
     /// Takes in that a request has succeeded.
     fn on_success(&mut self, kind: Kind) -> Vec<Change> {
-        if self.intake.recovered(kind) && self.pulse.succeeded() {
+        let is_over = self.outage.succeeded(kind);
+        if !self.outage.is_failing() {
+            let _ = self.pulse.succeeded();
+        }
+        if is_over {
             vec![Change::Notes(Subject::Source(SourceId::Kubernetes), Vec::new())]
         } else {
             Vec::new()
@@ -261,7 +295,9 @@ impl Watch {
         }
         // The node works without ServiceCIDRs. A server that is away shows by the other kinds.
         if kind == Kind::ServiceCidr {
-            if !std::mem::replace(&mut self.is_cidr_failure_logged, true) {
+            if outage::is_status(error)
+                && !std::mem::replace(&mut self.is_cidr_failure_logged, true)
+            {
                 tracing::info!(
                     "watching {} failed: {}; until it works, or with --service-cidr, packets to \
                      addresses that no Service has are not dropped",
@@ -271,14 +307,15 @@ impl Watch {
             }
             return Vec::new();
         }
-        let why = format!("watching {} failed: {}", kind.as_str(), chain(error));
-        tracing::warn!("{why}; trying again");
-        self.pulse.failed(why.clone());
-        self.intake.failed(kind);
-        let what = format!("{why}; its last state still holds");
+        let Failed { text, is_news } = self.outage.failed(kind, error);
+        self.pulse.failed(text.clone());
+        if !is_news {
+            return Vec::new();
+        }
+        let what = format!("{text}; its last state still holds");
         vec![Change::Notes(
             Subject::Source(SourceId::Kubernetes),
-            vec![Note::new(Flaw::Unreachable, kind.as_str(), what)],
+            vec![Note::new(Flaw::Unreachable, "", what)],
         )]
     }
 }
@@ -358,7 +395,6 @@ struct Known {
     /// The objects that the list under way has shown so far.
     seen: Option<BTreeSet<ObjectName>>,
     listed: bool,
-    failing: bool,
 }
 
 /// Turns watch events into changes.
@@ -381,16 +417,6 @@ impl Intake {
             Kind::Node => &mut self.nodes,
             Kind::ServiceCidr => &mut self.service_cidrs,
         }
-    }
-
-    fn failed(&mut self, kind: Kind) {
-        self.known(kind).failing = true;
-    }
-
-    /// Records a success. Returns whether no kind fails now.
-    fn recovered(&mut self, kind: Kind) -> bool {
-        self.known(kind).failing = false;
-        ![&self.services, &self.slices, &self.nodes].iter().any(|known| known.failing)
     }
 
     fn take(&mut self, kind: Kind, event: watcher::Event<DynamicObject>) -> Vec<Change> {

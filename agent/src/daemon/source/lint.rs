@@ -288,8 +288,8 @@ mod tests {
     const SHOP: &str = "
 apiVersion: v1
 kind: Service
-metadata: {name: web, namespace: shop, annotations: {sluice.dev/afinity: x, other.dev/a: b}}
-spec: {clusterIP: 10.96.0.10, sesionAffinity: ClientIP, ports: [{name: htpt, port: 80, prot: TCP}]}
+metadata: {name: web, namespace: shop, annotations: {sluice.dev/affinity: x, other.dev/a: b}}
+spec: {clusterIP: 10.96.0.10, affinity: ClientIP, ports: [{name: wbe, port: 80, prot: TCP}]}
 ---
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
@@ -330,13 +330,13 @@ endpoints: [{addresses: [10.244.1.2]}]
         assert_eq!(
             found,
             [
-                ("unknown_field", "Service shop/web", "spec.sesionAffinity"),
+                ("unknown_field", "Service shop/web", "spec.affinity"),
                 ("unknown_field", "Service shop/web", "spec.ports[0].prot"),
                 ("unknown_field", "Service shop/idle", "spec.port"),
                 (
                     "unknown_annotation",
                     "Service shop/web",
-                    "metadata.annotations[sluice.dev/afinity]"
+                    "metadata.annotations[sluice.dev/affinity]"
                 ),
                 ("unmatched_port", "Service shop/web", "spec.ports[0].name"),
                 ("unused_port", "EndpointSlice shop/web-1", "ports"),

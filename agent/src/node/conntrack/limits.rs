@@ -5,11 +5,10 @@
 //! connections there. What is changed is recorded with the value before, so that `sluice cleanup`
 //! puts it back.
 
-use std::collections::BTreeMap;
-use std::fs;
 use std::io;
-use std::path::Path;
 use std::time::Duration;
+
+use crate::node::settings::{Recorder, Rule, Setting, number};
 
 /// The folder of these settings below `/proc/sys`.
 pub const SYSCTLS: &str = "net/netfilter";
@@ -33,11 +32,11 @@ pub struct Limits {
     pub udp_stream: Option<Duration>,
 }
 
-/// A setting: its name, its value, and whether it may only grow.
-type Setting = (&'static str, u64, bool);
+/// A limit: its name, its value, and whether it may only grow.
+type Limit = (&'static str, u64, bool);
 
 impl Limits {
-    fn settings(&self, cpus: u32) -> Vec<Setting> {
+    fn settings(&self, cpus: u32) -> Vec<Limit> {
         let per_core = self.max_per_core.unwrap_or_default();
         let max = per_core.saturating_mul(cpus).max(self.min.unwrap_or_default());
         let seconds = |name, time: Option<Duration>| {
@@ -54,16 +53,19 @@ impl Limits {
             .collect()
     }
 
-    /// Writes the settings that differ, below a folder of settings, and records them. Describes
-    /// what failed.
+    /// Writes the settings that differ, and records them. Describes what failed.
     ///
     /// A kernel that tracks no connections has none of these settings, and needs none.
     #[must_use]
-    pub fn apply(&self, sysctls: &Path, record: &Path, cpus: u32) -> Vec<String> {
+    pub fn apply(&self, recorder: &mut Recorder, cpus: u32) -> Vec<String> {
         let mut failures = Vec::new();
         for (name, value, grows) in self.settings(cpus) {
-            match set(&sysctls.join(name), value, grows, |before| note(record, name, before, value))
-            {
+            let setting = Setting {
+                name: format!("{SYSCTLS}/{name}"),
+                value: value.to_string(),
+                rule: if grows { Rule::AtLeast } else { Rule::Exactly },
+            };
+            match recorder.apply(setting) {
                 Ok(Some(before)) => {
                     tracing::info!(name, before, value, "set a limit of connection tracking");
                 }
@@ -84,8 +86,7 @@ impl Limits {
     }
 }
 
-/// Restores the recorded settings that nobody has changed since, removes the record, and returns
-/// the settings' names.
+/// Restores the recorded settings that nobody has changed since, and returns their names.
 ///
 /// The limit of tracked connections stays if more are tracked than the old limit allows: the kernel
 /// would refuse new ones.
@@ -93,89 +94,33 @@ impl Limits {
 /// # Errors
 ///
 /// Fails if a setting or the record cannot be read, written or removed.
-pub fn restore(sysctls: &Path, record: &Path) -> io::Result<Vec<String>> {
-    let mut restored = Vec::new();
-    for (name, Change { before, value }) in recorded(record)? {
-        let path = sysctls.join(&name);
-        let is_ours = match number(&path) {
-            Ok(now) => now == value,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
-            Err(error) => return Err(error),
-        };
-        let is_too_small = name == "nf_conntrack_max"
-            && number(&sysctls.join("nf_conntrack_count")).is_ok_and(|count| count >= before);
-        if is_ours && !is_too_small {
-            fs::write(&path, before.to_string())?;
-            restored.push(name);
-        }
-    }
-    match fs::remove_file(record) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        Ok(()) | Err(_) => Ok(restored),
-    }
-}
-
-/// A changed setting: its value before the first change, and the value that was set.
-#[derive(Clone, Copy, Debug)]
-struct Change {
-    before: u64,
-    value: u64,
-}
-
-/// Reads the record: a line with name, value before and value set for each setting.
-fn recorded(record: &Path) -> io::Result<BTreeMap<String, Change>> {
-    let text = match fs::read_to_string(record) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
-        text => text?,
+pub fn restore(recorder: &Recorder) -> io::Result<Vec<String>> {
+    let count = recorder.read(&format!("{SYSCTLS}/nf_conntrack_count"));
+    let count = count.and_then(|count| number(&count)).unwrap_or_default();
+    let is_roomy = |name: &str, before: &str| {
+        !name.ends_with("/nf_conntrack_max") || number(before).is_ok_and(|before| count < before)
     };
-    let change = |line: &str| {
-        let mut words = line.split_whitespace();
-        let name = words.next()?.to_owned();
-        let (before, value) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
-        Some((name, Change { before, value }))
-    };
-    Ok(text.lines().filter_map(change).collect())
-}
-
-/// Records a change, before it is made.
-fn note(record: &Path, name: &str, before: u64, value: u64) -> io::Result<()> {
-    let mut all = recorded(record)?;
-    let first = all.get(name).map_or(before, |change| change.before);
-    let _ = all.insert(name.to_owned(), Change { before: first, value });
-    let lines = all.iter().map(|(name, change)| {
-        let Change { before, value } = change;
-        format!("{name} {before} {value}\n")
-    });
-    fs::write(record, lines.collect::<String>())
-}
-
-fn number(path: &Path) -> io::Result<u64> {
-    let text = fs::read_to_string(path)?;
-    let text = text.trim();
-    text.parse().map_err(|_| io::Error::other(format!("{text:?} is no number")))
-}
-
-/// Writes a number if the present one differs, or is smaller. Returns the number before, of which
-/// `note` is told first.
-fn set(
-    path: &Path,
-    value: u64,
-    grows: bool,
-    note: impl FnOnce(u64) -> io::Result<()>,
-) -> io::Result<Option<u64>> {
-    let before = number(path)?;
-    if before == value || grows && before > value {
-        return Ok(None);
-    }
-    // What is changed and not recorded would stay for ever.
-    note(before)?;
-    fs::write(path, value.to_string())?;
-    Ok(Some(before))
+    recorder.restore(SYSCTLS, is_roomy)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::path::Path;
+
     use super::*;
+
+    /// A folder with settings of these names and this value.
+    fn folder(names: &[&str], value: &str) -> (tempfile::TempDir, Recorder) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let sysctls = folder.path().join(SYSCTLS);
+        fs::create_dir_all(&sysctls).expect("a folder");
+        for name in names {
+            fs::write(sysctls.join(name), value).expect("a setting");
+        }
+        let recorder = Recorder::new(folder.path(), folder.path());
+        (folder, recorder)
+    }
 
     fn read(folder: &Path, name: &str) -> String {
         fs::read_to_string(folder.join(name)).expect("a setting")
@@ -183,14 +128,13 @@ mod tests {
 
     #[test]
     fn what_is_said_is_set_and_the_table_only_grows() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path();
-        let record = &path.join("record");
-        for name in
-            ["nf_conntrack_max", "nf_conntrack_tcp_timeout_established", "nf_conntrack_udp_timeout"]
-        {
-            fs::write(path.join(name), "30\n").expect("a setting");
-        }
+        let names = [
+            "nf_conntrack_max",
+            "nf_conntrack_tcp_timeout_established",
+            "nf_conntrack_udp_timeout",
+        ];
+        let (folder, mut recorder) = folder(&names, "30\n");
+        let path = &folder.path().join(SYSCTLS);
         let limits = Limits {
             max_per_core: Some(100),
             min: Some(150),
@@ -200,16 +144,16 @@ mod tests {
             ..Limits::default()
         };
         // Not all of them are there.
-        assert_eq!(limits.apply(path, record, 1), [""; 0]);
+        assert_eq!(limits.apply(&mut recorder, 1), [""; 0]);
         assert_eq!(read(path, "nf_conntrack_max"), "150");
-        assert_eq!(limits.apply(path, record, 4), [""; 0]);
+        assert_eq!(limits.apply(&mut recorder, 4), [""; 0]);
         assert_eq!(read(path, "nf_conntrack_max"), "400");
-        assert_eq!(limits.apply(path, record, 2), [""; 0]);
+        assert_eq!(limits.apply(&mut recorder, 2), [""; 0]);
         assert_eq!(read(path, "nf_conntrack_max"), "400", "it is not made smaller");
         assert_eq!(read(path, "nf_conntrack_tcp_timeout_established"), "86400");
         assert_eq!(read(path, "nf_conntrack_udp_timeout"), "30\n", "zero leaves it");
         fs::write(path.join("nf_conntrack_max"), "many").expect("a setting");
-        let failures = limits.apply(path, record, 8);
+        let failures = limits.apply(&mut recorder, 8);
         assert!(
             failures.len() == 1 && failures[0].contains("\"many\" is no number"),
             "{failures:?}"
@@ -218,14 +162,10 @@ mod tests {
 
     #[test]
     fn what_was_changed_is_put_back_unless_somebody_has_changed_it_since() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path();
-        let record = &path.join("record");
         let names =
             ["nf_conntrack_max", "nf_conntrack_tcp_timeout_close_wait", "nf_conntrack_udp_timeout"];
-        for name in names {
-            fs::write(path.join(name), "60\n").expect("a setting");
-        }
+        let (folder, recorder) = folder(&names, "60\n");
+        let path = &folder.path().join(SYSCTLS);
         let limits = |cpus: u32, seconds: u64| {
             let limits = Limits {
                 max_per_core: Some(100),
@@ -233,20 +173,21 @@ mod tests {
                 udp: Some(Duration::from_secs(30)),
                 ..Limits::default()
             };
-            assert_eq!(limits.apply(path, record, cpus), [""; 0]);
+            assert_eq!(limits.apply(&mut recorder.clone(), cpus), [""; 0]);
         };
         // The second agent changes what the first one has set.
         limits(1, 3600);
         limits(2, 1800);
         fs::write(path.join("nf_conntrack_udp_timeout"), "45\n").expect("a setting");
-        let restored = restore(path, record).expect("restored");
-        assert_eq!(restored, ["nf_conntrack_max", "nf_conntrack_tcp_timeout_close_wait"]);
+        let restored = restore(&recorder).expect("restored");
+        let full = |name: &str| format!("{SYSCTLS}/{name}");
+        assert_eq!(restored, ["nf_conntrack_max", "nf_conntrack_tcp_timeout_close_wait"].map(full));
         assert_eq!(names.map(|name| read(path, name).trim().to_owned()), ["60", "60", "45"]);
-        assert!(restore(path, record).expect("restored").is_empty() && !record.exists());
+        assert!(restore(&recorder).expect("restored").is_empty() && !recorder.file().exists());
         // More connections are tracked than there were allowed.
         limits(2, 60);
         fs::write(path.join("nf_conntrack_count"), "61\n").expect("a count");
-        assert_eq!(restore(path, record).expect("restored"), ["nf_conntrack_udp_timeout"]);
+        assert_eq!(restore(&recorder).expect("restored"), [full("nf_conntrack_udp_timeout")]);
         assert_eq!(read(path, "nf_conntrack_max"), "200");
     }
 

@@ -137,6 +137,9 @@ pub struct Attached {
     pub notes: Vec<String>,
 }
 
+/// An entry of `devices` that differed: its ifindex, what was found, and whether it was corrected.
+pub type RestoredEntry = (u32, &'static str, Result<(), Error>);
+
 /// The attached programs.
 #[derive(Debug)]
 pub struct Hooks {
@@ -294,7 +297,7 @@ impl Hooks {
     pub fn restore_devices(
         &self,
         wanted: &BTreeMap<u32, Device>,
-    ) -> Result<Vec<(u32, &'static str, Result<(), Error>)>, Error> {
+    ) -> Result<Vec<RestoredEntry>, Error> {
         let found = self.devices.entries().map_err(|cause| Error::map("read", "devices", cause))?;
         let found: BTreeMap<u32, Device> = found.into_iter().collect();
         let mut restored = Vec::new();

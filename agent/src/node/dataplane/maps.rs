@@ -5,10 +5,10 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use sluice_common::abi::{
-    Address, Affinity, AffinityKey, Backend, BackendCounters, CallerKey, Device, Flow, Ipv4Address,
-    Ipv6Address, Name, Networks, NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey,
-    RejectBucket, RejectKey, RouteMtu, Service, ServiceKey, ServicePort, Settings, SlotBlock,
-    SocketCounters, SourceRange, Tuple, previous,
+    Address, Affinity, AffinityKey, Backend, BackendCounters, CallerKey, Device, FailureKey, Flow,
+    Ipv4Address, Ipv6Address, Name, Networks, NodeAddress, OriginKey, Origins, ReasonCounters,
+    ReasonKey, RejectBucket, RejectKey, RouteMtu, Service, ServiceKey, ServicePort, Settings,
+    SlotBlock, SocketCounters, SourceRange, Tuple, previous,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -92,6 +92,7 @@ pub struct Maps {
     pub(crate) devices: Table<u32, Device>,
     pub(crate) names: Table<u32, Name>,
     pub(crate) backend_counts: Table<u32, BackendCounters>,
+    pub(crate) failure_counts: Table<FailureKey, u64>,
     pub(crate) reason_counts: Table<ReasonKey, ReasonCounters>,
     pub(crate) socket_counts: Table<u32, SocketCounters>,
     pub(crate) rejects: Table<RejectKey, RejectBucket>,
@@ -169,6 +170,7 @@ impl Maps {
             devices: table(folder, "devices")?,
             names: table(folder, "names")?,
             backend_counts: table(folder, "backend_counts")?,
+            failure_counts: table(folder, "failure_counts")?,
             reason_counts: table(folder, "reason_counts")?,
             socket_counts: table(folder, "socket_counts")?,
             rejects: table(folder, "rejects")?,

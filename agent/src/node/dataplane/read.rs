@@ -7,7 +7,7 @@ use sluice_common::abi::{
     self, Address, BackendCounters, Flow, Ipv4Address, Ipv6Address, Networks, ReasonCounters,
     ReasonKey, RejectBucket, SLOTS_PER_BLOCK, Settings, SocketCounters, Tuple,
 };
-use sluice_common::{V4, V6};
+use sluice_common::{Failure, V4, V6};
 use sluice_core::cluster::Programmed;
 use sluice_core::image::Image;
 use sluice_core::image::map::{self, PlanMap};
@@ -37,6 +37,82 @@ pub struct Fill {
     pub entries: u64,
     /// Capacity.
     pub max: u64,
+}
+
+/// Flows and connections that failed to begin, by how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
+pub struct Failures {
+    /// Flows whose first packet was answered with a reset.
+    pub refused: u64,
+    /// Flows whose SYN was not answered.
+    pub unanswered: u64,
+    /// Flows that an ICMP error ended before an answer.
+    pub unreachable: u64,
+    /// [`Failure::SocketRefused`].
+    #[serde(skip)]
+    pub socket_refused: u64,
+    /// [`Failure::SocketUnanswered`].
+    #[serde(skip)]
+    pub socket_unanswered: u64,
+}
+
+impl Failures {
+    /// Returns the counter of a failure.
+    fn of(&mut self, failure: Failure) -> &mut u64 {
+        match failure {
+            Failure::Refused => &mut self.refused,
+            Failure::Unanswered => &mut self.unanswered,
+            Failure::Unreachable => &mut self.unreachable,
+            Failure::SocketRefused => &mut self.socket_refused,
+            Failure::SocketUnanswered => &mut self.socket_unanswered,
+        }
+    }
+
+    /// Adds another backend's.
+    pub fn add(&mut self, more: &Self) {
+        self.refused += more.refused;
+        self.unanswered += more.unanswered;
+        self.unreachable += more.unreachable;
+        self.socket_refused += more.socket_refused;
+        self.socket_unanswered += more.socket_unanswered;
+    }
+
+    /// Returns what was added since.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        Self {
+            refused: self.refused.saturating_sub(before.refused),
+            unanswered: self.unanswered.saturating_sub(before.unanswered),
+            unreachable: self.unreachable.saturating_sub(before.unreachable),
+            socket_refused: self.socket_refused.saturating_sub(before.socket_refused),
+            socket_unanswered: self.socket_unanswered.saturating_sub(before.socket_unanswered),
+        }
+    }
+
+    /// Returns the number of all, on either path.
+    #[must_use]
+    pub fn all(&self) -> u64 {
+        self.flows() + self.socket_refused + self.socket_unanswered
+    }
+
+    /// Returns how many there are of each kind, on either path, in words.
+    #[must_use]
+    pub fn words(&self) -> String {
+        let counts = [
+            (self.refused + self.socket_refused, "refused"),
+            (self.unanswered + self.socket_unanswered, "unanswered"),
+            (self.unreachable, "unreachable"),
+        ];
+        let words = counts.into_iter().filter(|(count, _)| *count > 0);
+        let words: Vec<String> = words.map(|(count, word)| format!("{count} {word}")).collect();
+        words.join(", ")
+    }
+
+    /// Returns the number of flows that failed: those of the path per packet.
+    #[must_use]
+    pub fn flows(&self) -> u64 {
+        self.refused + self.unanswered + self.unreachable
+    }
 }
 
 fn read<T>(map: &str, result: std::io::Result<T>) -> Result<T, Error> {
@@ -76,6 +152,22 @@ impl Maps {
             sum
         };
         Ok(entries.into_iter().map(|(key, values)| (key, sum(values))).collect())
+    }
+
+    /// Reads `failure_counts`: the failures of each backend, a key of `backend_counts`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the map cannot be read.
+    pub fn failures(&self) -> Result<BTreeMap<u32, Failures>, Error> {
+        let mut failures: BTreeMap<u32, Failures> = BTreeMap::new();
+        for (key, count) in read("failure_counts", self.failure_counts.entries())? {
+            // A program of a later version may know more of them.
+            if let Some(failure) = Failure::from_number(key.failure) {
+                *failures.entry(key.backend).or_default().of(failure) += count;
+            }
+        }
+        Ok(failures)
     }
 
     /// Reads the names of service ports by their ids.
@@ -245,6 +337,7 @@ impl Maps {
             counted("embryonic_v6", &self.v6.embryonic)?,
             counted("devices", &self.devices)?,
             counted("backend_counts", &self.backend_counts)?,
+            counted("failure_counts", &self.failure_counts)?,
             counted("reason_counts", &self.reason_counts)?,
             counted("socket_counts", &self.socket_counts)?,
             counted("rejects", &self.rejects)?,

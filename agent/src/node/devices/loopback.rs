@@ -6,9 +6,9 @@
 //! only `lo`, where nothing arrives from elsewhere. Changes are recorded, so that they can be
 //! undone.
 
-use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+
+use crate::node::settings::{Recorder, Rule, Setting};
 
 /// The folder of the settings below `/proc/sys`.
 const SYSCTLS: &str = "net/ipv4/conf/lo";
@@ -16,55 +16,21 @@ const SYSCTLS: &str = "net/ipv4/conf/lo";
 /// `localhost`).
 const SETTINGS: [&str; 2] = ["accept_local", "route_localnet"];
 
-fn setting(proc_sys: &Path, name: &str) -> PathBuf {
-    proc_sys.join(SYSCTLS).join(name)
-}
-
-fn explained(what: &str, path: &Path, error: &io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("cannot {what} {}: {error}", path.display()))
-}
-
-fn read(path: &Path) -> io::Result<String> {
-    fs::read_to_string(path).map_err(|error| explained("read", path, &error))
-}
-
-fn write(path: &Path, text: &str) -> io::Result<()> {
-    fs::write(path, text).map_err(|error| explained("write", path, &error))
-}
-
-fn recorded(record: &Path) -> io::Result<Vec<String>> {
-    match fs::read_to_string(record) {
-        Ok(text) => Ok(text.split_whitespace().map(str::to_owned).collect()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(explained("read", record, &error)),
-    }
-}
-
-/// Turns on the settings that are off, records them, and returns their names.
+/// Turns on the settings that are off, and returns their names.
 ///
 /// # Errors
 ///
 /// Fails if a setting or the record cannot be read or written.
-pub fn prepare(proc_sys: &Path, record: &Path) -> io::Result<Vec<&'static str>> {
-    let mut off = Vec::new();
+pub fn prepare(recorder: &mut Recorder) -> io::Result<Vec<&'static str>> {
+    let mut changed = Vec::new();
     for name in SETTINGS {
-        if read(&setting(proc_sys, name))?.trim() == "0" {
-            off.push(name);
+        let setting =
+            Setting { name: format!("{SYSCTLS}/{name}"), value: "1".to_owned(), rule: Rule::On };
+        if recorder.apply(setting)?.is_some() {
+            changed.push(name);
         }
     }
-    if off.is_empty() {
-        return Ok(off);
-    }
-    let mut ours = recorded(record)?;
-    ours.extend(off.iter().map(|name| (*name).to_owned()));
-    ours.sort_unstable();
-    ours.dedup();
-    // The record comes first, since what is changed and not recorded would stay for ever.
-    write(record, &(ours.join(" ") + "\n"))?;
-    for name in &off {
-        write(&setting(proc_sys, name), "1")?;
-    }
-    Ok(off)
+    Ok(changed)
 }
 
 /// Turns off the settings that were turned on, and returns their names.
@@ -72,59 +38,44 @@ pub fn prepare(proc_sys: &Path, record: &Path) -> io::Result<Vec<&'static str>> 
 /// # Errors
 ///
 /// Fails if a setting or the record cannot be read, written or removed.
-pub fn release(proc_sys: &Path, record: &Path) -> io::Result<Vec<&'static str>> {
-    let ours = recorded(record)?;
-    let ours: Vec<&str> =
-        SETTINGS.into_iter().filter(|name| ours.iter().any(|ours| ours == name)).collect();
-    for name in &ours {
-        write(&setting(proc_sys, name), "0")?;
-    }
-    match fs::remove_file(record) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(explained("remove", record, &error))
-        }
-        Ok(()) | Err(_) => Ok(ours),
-    }
+pub fn release(recorder: &Recorder) -> io::Result<Vec<String>> {
+    let restored = recorder.restore(SYSCTLS, |_, _| true)?;
+    let prefix = format!("{SYSCTLS}/");
+    Ok(restored.iter().map(|name| name.trim_start_matches(&*prefix).to_owned()).collect())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
     fn what_was_off_is_turned_on_and_off_again_and_nothing_else() {
         let folder = tempfile::tempdir().expect("a folder");
-        let (proc_sys, record) = (folder.path().join("sys"), folder.path().join("record"));
-        fs::create_dir_all(proc_sys.join(SYSCTLS)).expect("made");
+        let mut recorder = Recorder::new(folder.path(), folder.path());
+        fs::create_dir_all(folder.path().join(SYSCTLS)).expect("made");
         let values = |values: [&str; 2]| {
             for (name, value) in SETTINGS.iter().zip(values) {
-                fs::write(setting(&proc_sys, name), value).expect("written");
+                fs::write(folder.path().join(SYSCTLS).join(name), value).expect("written");
             }
         };
-        let now = || {
-            SETTINGS.map(|name| read(&setting(&proc_sys, name)).expect("read").trim().to_owned())
+        let now = |recorder: &Recorder| {
+            SETTINGS.map(|name| recorder.read(&format!("{SYSCTLS}/{name}")).expect("read"))
         };
         values(["0\n", "1\n"]);
-        assert_eq!(prepare(&proc_sys, &record).expect("prepared"), ["accept_local"]);
-        assert_eq!(now(), ["1", "1"]);
-        assert!(prepare(&proc_sys, &record).expect("prepared").is_empty(), "once is enough");
-        assert_eq!(release(&proc_sys, &record).expect("released"), ["accept_local"]);
-        assert_eq!(now(), ["0", "1"]);
-        assert!(release(&proc_sys, &record).expect("released").is_empty());
+        assert_eq!(prepare(&mut recorder).expect("prepared"), ["accept_local"]);
+        assert_eq!(now(&recorder), ["1", "1"]);
+        assert!(prepare(&mut recorder).expect("prepared").is_empty(), "once is enough");
+        assert_eq!(release(&recorder).expect("released"), ["accept_local"]);
+        assert_eq!(now(&recorder), ["0", "1"]);
+        assert!(release(&recorder).expect("released").is_empty());
         // A setting that was turned on in two steps.
         values(["0\n", "0\n"]);
-        assert_eq!(prepare(&proc_sys, &record).expect("prepared"), SETTINGS);
+        assert_eq!(prepare(&mut recorder).expect("prepared"), SETTINGS);
         values(["0\n", "1\n"]);
-        assert_eq!(prepare(&proc_sys, &record).expect("prepared"), ["accept_local"]);
-        assert_eq!(release(&proc_sys, &record).expect("released"), SETTINGS);
-        assert_eq!(now(), ["0", "0"]);
-    }
-
-    #[test]
-    fn a_setting_that_is_not_there_is_named() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let error =
-            prepare(folder.path(), &folder.path().join("record")).expect_err("no such setting");
-        assert!(error.to_string().contains("net/ipv4/conf/lo/accept_local"), "{error}");
+        assert_eq!(prepare(&mut recorder).expect("prepared"), ["accept_local"]);
+        assert_eq!(release(&recorder).expect("released"), SETTINGS);
+        assert_eq!(now(&recorder), ["0", "0"]);
     }
 }

@@ -2,10 +2,10 @@
 
 use schemars::JsonSchema;
 use serde::Serialize;
-use sluice_common::abi::SocketCounters;
 
 use crate::daemon::source::names::Names;
-use crate::node::view::{PortName, View};
+use crate::node::dataplane::Failures;
+use crate::node::view::{BackendView, PortName, View};
 use crate::tools::api::kinds;
 use crate::tools::units::percent;
 
@@ -15,7 +15,8 @@ pub(crate) struct Backend {
     #[serde(flatten)]
     pub(crate) name: PortName,
     /// The address and port.
-    pub(crate) backend: String,
+    #[serde(rename = "backend")]
+    pub(crate) address: String,
     /// The pod, as `namespace/name`; null if no source names it.
     pub(crate) pod: Option<String>,
     /// The pod's node; null if no source names it.
@@ -44,6 +45,8 @@ pub(crate) struct Backend {
     pub(crate) forward_resets: u64,
     /// TCP resets and SCTP aborts to clients.
     pub(crate) reply_resets: u64,
+    /// Flows that failed to begin.
+    pub(crate) failures: Failures,
     /// Counters of connections that are translated at the socket, from the kernel's own figures.
     pub(crate) sockets: Sockets,
 }
@@ -59,6 +62,8 @@ pub(crate) struct Sockets {
     pub(crate) closed: u64,
     /// Connections that were refused or not answered.
     pub(crate) failed: u64,
+    /// Those of them that were answered with a reset.
+    pub(crate) refused: u64,
     /// Connections that were reset.
     pub(crate) resets: u64,
     /// Payload from clients.
@@ -75,12 +80,14 @@ pub(crate) struct Sockets {
     pub(crate) rtt_us: u64,
 }
 
-impl From<SocketCounters> for Sockets {
-    fn from(counted: SocketCounters) -> Self {
+impl From<&BackendView> for Sockets {
+    fn from(backend: &BackendView) -> Self {
+        let counted = backend.sockets;
         Self {
             connections: counted.connections,
             closed: counted.closed,
             failed: counted.failed,
+            refused: backend.failures.socket_refused,
             resets: counted.resets,
             sent_bytes: counted.sent_bytes,
             received_bytes: counted.received_bytes,
@@ -107,7 +114,7 @@ pub(crate) fn backends(
         let pod = names.endpoint(&name.namespace, backend.address.ip());
         rows.push(Backend {
             name,
-            backend: backend.address.to_string(),
+            address: backend.address.to_string(),
             pod: pod.map(|pod| pod.name.to_string()),
             node: pod.and_then(|pod| pod.node.clone()),
             id: backend.id,
@@ -122,9 +129,10 @@ pub(crate) fn backends(
             calls: counted.calls,
             forward_resets: counted.forward_resets,
             reply_resets: counted.reply_resets,
-            sockets: backend.sockets.into(),
+            failures: backend.failures,
+            sockets: (&backend).into(),
         });
     }
-    rows.sort_by(|a, b| (&a.name, &a.backend).cmp(&(&b.name, &b.backend)));
+    rows.sort_by(|a, b| (&a.name, &a.address).cmp(&(&b.name, &b.address)));
     rows
 }

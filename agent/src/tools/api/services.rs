@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use crate::node::dataplane::Failures;
 use crate::node::view::{PortName, Sums, View, kind};
 use crate::tools::api::kinds;
 
@@ -31,6 +32,8 @@ pub(crate) struct Service {
     pub(crate) packets: u64,
     /// Bytes along flows.
     pub(crate) bytes: u64,
+    /// Flows that failed to begin.
+    pub(crate) failures: Failures,
     /// TCP connections that were translated at the socket and established.
     pub(crate) connections: u64,
     /// TCP connections that were translated at the socket and failed.
@@ -54,7 +57,7 @@ pub(crate) fn services(view: &View, takes: impl Fn(&PortName) -> bool) -> Vec<Se
         let vips = vips.get(id).map_or(&[][..], Vec::as_slice);
         let kinds: BTreeSet<&str> = vips.iter().map(|(_, number)| kind(*number)).collect();
         let slots = view.slots(*id);
-        let Sums { packets, sockets } = sums.get(id).copied().unwrap_or_default();
+        let Sums { packets, sockets, failures } = sums.get(id).copied().unwrap_or_default();
         rows.push(Service {
             name,
             id: *id,
@@ -66,6 +69,7 @@ pub(crate) fn services(view: &View, takes: impl Fn(&PortName) -> bool) -> Vec<Se
             calls: packets.calls,
             packets: packets.forward_packets + packets.reply_packets,
             bytes: packets.forward_bytes + packets.reply_bytes,
+            failures,
             connections: sockets.connections,
             failed: sockets.failed,
             socket_bytes: sockets.sent_bytes + sockets.received_bytes,

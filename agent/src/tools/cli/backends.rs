@@ -32,14 +32,15 @@ impl Item for Backend {
 
     fn cells(&self, _: bool) -> Vec<Text> {
         let (name, sockets) = (&self.name, &self.sockets);
+        let failed = self.failures.flows() + sockets.failed;
         let mood = if self.state == "serving" { Mood::Good } else { Mood::Warning };
         vec![
             name.to_string().into(),
-            self.backend.clone().into(),
+            self.address.clone().into(),
             Text::new(self.state, Some(mood)),
             format!("{:.0}%", self.share).into(),
             (self.flows + sockets.connections).to_string().into(),
-            failures(sockets.failed, sockets.connections + sockets.failed),
+            failures(failed, self.flows + sockets.connections + sockets.failed),
             (self.forward_resets + self.reply_resets + sockets.resets).to_string().into(),
             bytes(self.forward_bytes + sockets.sent_bytes).into(),
             bytes(self.reply_bytes + sockets.received_bytes).into(),
@@ -57,7 +58,7 @@ impl Item for Backend {
     }
 
     fn name(&self) -> String {
-        format!("backend/{}/{}", self.name, self.backend)
+        format!("backend/{}/{}", self.name, self.address)
     }
 
     fn namespace(&self) -> Option<&str> {

@@ -10,6 +10,7 @@ use crate::node::dataplane::{Pins, cleanup};
 use crate::node::devices::own::OwnRoutes;
 use crate::node::devices::{OWN, loopback};
 use crate::node::kube_proxy::rules::{self, HOLDING};
+use crate::node::settings::{Recorder, dotted};
 use crate::node::status::{self, StateDir};
 use crate::node::{ports, view};
 
@@ -41,10 +42,11 @@ pub(super) fn run(places: &Places, force: bool) -> anyhow::Result<Outcome> {
     }
     let mut done = runtime()?.block_on(remove(pin_path, state_dir, proc_sys))?;
     // Not where a node is released: kube-proxy has found its settings as it wants them.
-    let restored = limits::restore(&proc_sys.join(limits::SYSCTLS), &status::conntrack(state_dir))
+    let restored = limits::restore(&Recorder::new(proc_sys, state_dir))
         .context("cannot restore the settings of connection tracking")?;
     if !restored.is_empty() {
-        done.push(format!("restored net.netfilter.{}", restored.join(", net.netfilter.")));
+        let names: Vec<String> = restored.iter().map(|name| dotted(name)).collect();
+        done.push(format!("restored {}", names.join(", ")));
     }
     status::remove(state_dir).with_context(|| format!("cannot remove {}", state_dir.display()))?;
     drop(lock);
@@ -69,13 +71,13 @@ pub(super) async fn remove(
     if own.remove().await.with_context(|| format!("cannot remove the device {OWN}"))? {
         done.push(format!("removed the device {OWN} and its routes"));
     }
-    let released =
-        ports::release(&proc_sys.join(ports::SYSCTLS), &status::reserved_ports(state_dir))?;
+    let recorder = Recorder::new(proc_sys, state_dir);
+    let released = ports::release(&proc_sys.join(ports::SYSCTLS), &recorder)?;
     done.extend(
         released
             .map(|ports| format!("removed ports {ports} from net.ipv4.ip_local_reserved_ports")),
     );
-    let turned_off = loopback::release(proc_sys, &status::loopback(state_dir))?;
+    let turned_off = loopback::release(&recorder)?;
     if !turned_off.is_empty() {
         done.push(format!("turned off {} of the device lo", turned_off.join(" and ")));
     }

@@ -35,8 +35,9 @@ use parties::{Directory, Party, Resolved};
 pub(super) struct ExplainArgs {
     /// The protocol (tcp, udp or sctp; a Service's own, else tcp), the client and the destination.
     ///
-    /// Each is ADDRESS:PORT ([ADDRESS]:PORT for IPv6), pod/[NAMESPACE/]NAME or node/NAME. The
-    /// client may also be external, and the destination svc/[NAMESPACE/]NAME[:PORT].
+    /// Each is an address and port, pod/NAME or node/NAME. The client may also be external, and the
+    /// destination svc/NAME:PORT. Names of pods and Services may have a namespace before them, as
+    /// in pod/shop/client.
     #[arg(value_name = "QUESTION", num_args = 2..=3, required = true)]
     question: Vec<String>,
     /// The namespace of names that are given without one [default: default for pods, any for
@@ -136,11 +137,11 @@ struct Told<'a> {
 /// is not where it is said to be.
 pub(super) fn run(args: ExplainArgs, places: &Places) -> anyhow::Result<Outcome> {
     let asked = Asked::parse(&args)?;
-    let (output, names) = (args.output.clone(), args.names.clone());
+    let output = args.output.clone();
     let (answers, question, names, context) = if args.manifests.is_some() {
         of_manifests(args, &asked)?
     } else {
-        of_maps(args, &asked, &names, places)?
+        of_maps(&args, &asked, &args.names, places)?
     };
     let told = Told {
         question: &question,
@@ -300,7 +301,7 @@ fn of_manifests(
 }
 
 fn of_maps(
-    args: ExplainArgs,
+    args: &ExplainArgs,
     asked: &Asked,
     sources: &NamesArgs,
     places: &Places,
@@ -330,7 +331,7 @@ fn of_maps(
         Names::default()
     };
     let directory = Directory { names: &names, image: &world.image, node: &node };
-    let question = asked.question(&args, directory)?;
+    let question = asked.question(args, directory)?;
     if args.path.is_none() && args.device.is_none() {
         check_route(&question, &world, &live)?;
     }
@@ -392,22 +393,37 @@ fn add_failures(answer: &mut Answer, view: &View, backends: &[BackendView]) {
             backend.address == SocketAddr::from((candidate.address, candidate.port))
         };
         if let Some(candidate) = answer.candidates.iter_mut().find(is_same) {
-            candidate.connects += backend.sockets.connections + backend.sockets.failed;
-            candidate.failed += backend.sockets.failed;
+            let (sockets, flows) = (&backend.sockets, backend.counters.flows);
+            candidate.connects += sockets.connections + sockets.failed;
+            candidate.failed += sockets.failed;
+            candidate.flows += flows;
+            candidate.failures.add(&backend.failures);
         }
     }
-    for candidate in answer.candidates.iter().filter(|candidate| candidate.failed > 0) {
-        let Candidate { address, port, connects, failed, .. } = candidate;
-        let at = SocketAddr::from((*address, *port));
+    for candidate in answer.candidates.iter().filter(|candidate| failed(candidate) > 0) {
+        let at = SocketAddr::from((candidate.address, candidate.port));
+        let (failed, attempts) = (failed(candidate), attempts(candidate));
         answer.steps.push(Step {
             step: "failures",
             text: format!(
-                "{at} refused or did not answer {failed} of {connects} connections from this node"
+                "{at} failed {failed} of {} through this node: {}",
+                attempts.max(failed),
+                candidate.failures.words()
             ),
             object: None,
             field: None,
         });
     }
+}
+
+/// Returns the number of connections to a candidate that failed to begin, on either path.
+fn failed(candidate: &Candidate) -> u64 {
+    candidate.failed + candidate.failures.flows()
+}
+
+/// Returns the number of connections to a candidate that were tried, on either path.
+fn attempts(candidate: &Candidate) -> u64 {
+    candidate.connects + candidate.flows
 }
 
 impl Told<'_> {
@@ -492,7 +508,7 @@ impl Told<'_> {
             self.names.endpoint(namespace, candidate.address)
         };
         // Nothing is known of connections by manifests.
-        let is_counted = answer.candidates.iter().any(|candidate| candidate.connects > 0);
+        let is_counted = answer.candidates.iter().any(|candidate| attempts(candidate) > 0);
         let is_named = answer.candidates.iter().any(|candidate| pod(candidate).is_some());
         let mut columns = vec![cut("CANDIDATE")];
         columns.extend(is_named.then_some([cut("POD"), cut("NODE")]).into_iter().flatten());
@@ -509,7 +525,7 @@ impl Told<'_> {
                 cells.push(pod.and_then(|pod| pod.node.clone()).unwrap_or_default().into());
             }
             cells.extend([format!("{:.1}%", 100.0 * candidate.share).into(), chosen.into()]);
-            cells.extend(is_counted.then(|| failures(candidate.failed, candidate.connects)));
+            cells.extend(is_counted.then(|| failures(failed(candidate), attempts(candidate))));
             table.row(cells);
         }
         table

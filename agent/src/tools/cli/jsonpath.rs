@@ -150,7 +150,7 @@ mod tests {
         assert_eq!(filled("{.items[*].service}"), "web dns");
         assert_eq!(filled("{.items[0].vips}"), r#"["10.0.0.1","*:30080"]"#);
         assert_eq!(filled("items[1].port"), "53");
-        assert_eq!(filled(r#"{.items[?(@.port==53)].service}!"#), "dns!");
+        assert_eq!(filled("{.items[?(@.port==53)].service}!"), "dns!");
         assert_eq!(
             filled(r#"{range .items[*]}{.service}:{@.port}{"\n"}{end}done"#),
             "web:80\ndns:53\ndone"

@@ -33,6 +33,7 @@ impl Item for Service {
             }
             all => all.join(","),
         };
+        let failed = self.failures.flows() + self.failed;
         vec![
             self.name.namespace.clone().into(),
             self.name.service.clone().into(),
@@ -40,7 +41,7 @@ impl Item for Service {
             vips.into(),
             Text::new(self.backends.to_string(), (self.backends == 0).then_some(Mood::Warning)),
             (self.flows + self.connections).to_string().into(),
-            failures(self.failed, self.connections + self.failed),
+            failures(failed, self.flows + self.connections + self.failed),
             bytes(self.bytes + self.socket_bytes).into(),
             self.name.protocol.clone().into(),
             self.kinds.join(",").into(),

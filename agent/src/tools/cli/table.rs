@@ -8,7 +8,7 @@
 use std::io::IsTerminal as _;
 
 use comfy_table::{Cell, ColumnConstraint, ContentArrangement, Width, presets};
-use unicode_width::UnicodeWidthStr as _;
+use unicode_width::UnicodeWidthStr;
 
 use crate::tools::units::binary;
 
@@ -276,6 +276,8 @@ pub(super) fn bytes(number: u64) -> String {
 /// Formats how many of all attempts failed: `0`, or `3 of 5`.
 #[must_use]
 pub(super) fn failures(failed: u64, attempts: u64) -> Text {
+    // A flow that failed in two ways was tried once.
+    let attempts = attempts.max(failed);
     if failed == 0 {
         "0".into()
     } else {
@@ -328,7 +330,7 @@ mod tests {
             for name in text.split_whitespace().filter(|word| word.starts_with("kub")) {
                 assert!(name == "kubernetes" || name.ends_with('…'), "{width}: {name}");
             }
-            let widest = text.lines().map(|line| line.width()).max();
+            let widest = text.lines().map(UnicodeWidthStr::width).max();
             assert!(width < 36 || widest <= Some(width), "{width}:\n{text}");
         }
         assert_eq!(

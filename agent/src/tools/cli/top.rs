@@ -112,6 +112,7 @@ fn text(screen: &Screen, style: Style) -> String {
         whole("PACKETS/S"),
         whole("BYTES/S"),
         whole("CONNS/S"),
+        whole("FAILED/S"),
         whole("RESETS/S"),
     ]);
     let change = screen.change();
@@ -125,6 +126,7 @@ fn text(screen: &Screen, style: Style) -> String {
             number(rates.packets),
             bytes(rates.bytes),
             number(rates.connections),
+            number(rates.failed),
             number(rates.resets),
         ]);
     }

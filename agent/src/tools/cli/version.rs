@@ -21,7 +21,8 @@ pub(super) struct VersionArgs {
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(super) struct Version {
     /// The version.
-    version: &'static str,
+    #[serde(rename = "version")]
+    number: &'static str,
     /// The commit; `unknown` where it was built without a repository.
     commit: &'static str,
     /// When the commit was made, as in RFC 3339; `unknown` without a repository.
@@ -44,7 +45,7 @@ kinds! { Version = "Version"; }
 pub(super) fn run(args: &VersionArgs) -> anyhow::Result<Outcome> {
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let version = Version {
-        version: env!("CARGO_PKG_VERSION"),
+        number: env!("CARGO_PKG_VERSION"),
         commit: REVISION,
         date: env!("SLUICE_DATE"),
         layout: LAYOUT,
@@ -52,8 +53,8 @@ pub(super) fn run(args: &VersionArgs) -> anyhow::Result<Outcome> {
         kernel: kernel.trim().to_owned(),
     };
     let text = args.output.object(&version, |version, _| {
-        let Version { version, commit, date, layout, target, kernel } = version;
-        format!("sluice {version} ({commit}, {date})\nlayout {layout}, {target}, Linux {kernel}\n")
+        let Version { number, commit, date, layout, target, kernel } = version;
+        format!("sluice {number} ({commit}, {date})\nlayout {layout}, {target}, Linux {kernel}\n")
     })?;
     Ok(text.into())
 }

@@ -5,6 +5,8 @@ use std::net::IpAddr;
 
 use serde::Serialize;
 
+use crate::node::dataplane::Failures;
+
 /// The fate of the packet or call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -99,6 +101,10 @@ pub struct Candidate {
     pub connects: u64,
     /// Number of them that were refused or not answered.
     pub failed: u64,
+    /// Flows that were opened to it; 0 if the answer comes from manifests.
+    pub flows: u64,
+    /// How many of them failed to begin.
+    pub failures: Failures,
 }
 
 /// Session affinity.

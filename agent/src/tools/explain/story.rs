@@ -130,7 +130,7 @@ impl<'w> Story<'w> {
         for question in asked {
             match question {
                 Asked::Flow { found: Some(entry), embryonic } => {
-                    let followed = decision.verdict != PathVerdict::Pass && decision.kind == 0;
+                    let followed = decision.verdict != PathVerdict::Pass && !decision.selects();
                     self.flow::<F>(entry, *embryonic, followed);
                     if let (true, Some(target)) = (followed && !named, target) {
                         self.followed(target, entry.is_reply(), decision);
@@ -154,7 +154,7 @@ impl<'w> Story<'w> {
                 Asked::Affinity { found } => self.affinity(target, found.as_ref(), asked),
                 Asked::Slot { slot } => self.slot(target, *slot, asked),
                 Asked::Backend { found } => {
-                    if decision.kind != 0 {
+                    if decision.selects() {
                         let at = SocketAddr::from((F::ip(found.address), found.port));
                         self.backend(target, at, found.flags);
                     }
@@ -164,7 +164,10 @@ impl<'w> Story<'w> {
                 | Asked::Routes(_) => {}
             }
         }
-        if decision.kind == 0 && target.is_none() && decision.verdict == PathVerdict::Pass && !named
+        if !decision.selects()
+            && target.is_none()
+            && decision.verdict == PathVerdict::Pass
+            && !named
         {
             self.is_no_frontend();
         }
@@ -548,7 +551,7 @@ impl<'w> Story<'w> {
             .and_then(|target| self.world.image.ports.get(&target.service_port))
             .is_some_and(ServicePort::is_external_local)
             && target.is_some_and(|target| target.class != Class::Internal);
-        let followed = decision.kind == 0;
+        let followed = !decision.selects();
         let why = match source {
             Source::Masqueraded if hairpin => {
                 "the client is its own backend, and sees itself as the frontend"

@@ -20,6 +20,7 @@ use super::question::{Client, Question, Way};
 use super::record::{Asked, Recorder};
 use super::story::{Story, kind_word};
 use super::world::{LOOPBACK, Routing, Seen, Side, World};
+use crate::node::dataplane::Failures;
 
 /// There is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -564,6 +565,8 @@ fn shares<F: Stack>(world: &World, range: Range) -> Vec<Candidate> {
             share: share(count),
             connects: 0,
             failed: 0,
+            flows: 0,
+            failures: Failures::default(),
         })
         .collect()
 }

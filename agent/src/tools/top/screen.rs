@@ -187,35 +187,29 @@ impl Screen {
 
     fn services(&self, frame: &mut Frame<'_>, area: Rect) {
         let rows = self.change.services.iter().map(|((name, family), rates)| {
-            let service = name.service();
-            let port = format!("{} {}", name.port, name.label);
-            let cells = [
-                service,
-                port.trim_end().to_owned(),
-                name.protocol.clone(),
-                format!("IPv{family}"),
-            ];
+            let port = format!("{}/{}", name.port, name.protocol);
+            let cells = [name.service(), port, format!("IPv{family}")];
             Row::new(cells.into_iter().chain(cells_of(rates)))
         });
         let widths = [
-            Constraint::Min(20),
-            Constraint::Length(14),
-            Constraint::Length(5),
+            Constraint::Min(16),
+            Constraint::Length(10),
             Constraint::Length(6),
-            Constraint::Length(10),
-            Constraint::Length(10),
-            Constraint::Length(10),
-            Constraint::Length(10),
+            Constraint::Length(9),
+            Constraint::Length(7),
+            Constraint::Length(7),
+            Constraint::Length(8),
+            Constraint::Length(8),
         ];
         let table = Table::new(rows, widths)
             .header(header([
                 "SERVICE",
                 "PORT",
-                "PROTO",
                 "FAMILY",
                 "PACKETS/S",
                 "BYTES/S",
                 "CONNS/S",
+                "FAILED/S",
                 "RESETS/S",
             ]))
             .row_highlight_style(Style::new().add_modifier(Modifier::REVERSED))
@@ -233,15 +227,24 @@ impl Screen {
         });
         let widths = [
             Constraint::Min(20),
-            Constraint::Length(10),
-            Constraint::Length(10),
-            Constraint::Length(10),
-            Constraint::Length(10),
-            Constraint::Length(10),
+            Constraint::Length(8),
+            Constraint::Length(9),
+            Constraint::Length(7),
+            Constraint::Length(7),
+            Constraint::Length(8),
+            Constraint::Length(8),
         ];
         let of = self.chosen.as_ref().map(|(name, _)| format!(" of {name}"));
         let table = Table::new(rows, widths)
-            .header(header(["BACKEND", "STATE", "PACKETS/S", "BYTES/S", "CONNS/S", "RESETS/S"]))
+            .header(header([
+                "BACKEND",
+                "STATE",
+                "PACKETS/S",
+                "BYTES/S",
+                "CONNS/S",
+                "FAILED/S",
+                "RESETS/S",
+            ]))
             .block(Block::bordered().title(format!(" Backends{} ", of.unwrap_or_default())));
         frame.render_widget(table, area);
     }
@@ -273,8 +276,14 @@ fn header<const N: usize>(names: [&'static str; N]) -> Row<'static> {
     Row::new(names).style(Style::new().add_modifier(Modifier::BOLD))
 }
 
-fn cells_of(rates: &Rates) -> [String; 4] {
-    [number(rates.packets), bytes(rates.bytes), number(rates.connections), number(rates.resets)]
+fn cells_of(rates: &Rates) -> [String; 5] {
+    [
+        number(rates.packets),
+        bytes(rates.bytes),
+        number(rates.connections),
+        number(rates.failed),
+        number(rates.resets),
+    ]
 }
 
 /// Formats a rate with few digits.
@@ -315,9 +324,14 @@ mod tests {
     }
 
     fn drawn(screen: &Screen) -> String {
-        let mut terminal = Terminal::new(TestBackend::new(100, 24)).expect("a terminal in memory");
+        drawn_at(100, screen)
+    }
+
+    fn drawn_at(columns: u16, screen: &Screen) -> String {
+        let backend = TestBackend::new(columns, 24);
+        let mut terminal = Terminal::new(backend).expect("a terminal in memory");
         let _ = terminal.draw(|frame| screen.draw(frame)).expect("drawing into memory");
-        let rows = terminal.backend().buffer().content.chunks(100);
+        let rows = terminal.backend().buffer().content.chunks(columns.into());
         rows.map(|row| row.iter().map(ratatui::buffer::Cell::symbol).collect::<String>() + "\n")
             .collect()
     }
@@ -333,12 +347,20 @@ mod tests {
             let line = text.lines().find(|line| line.contains(word)).unwrap_or_default();
             line.split_whitespace().map(|word| word.trim_matches('│')).collect::<Vec<_>>().join(" ")
         };
-        assert_eq!(words("shop/web "), "shop/web 80 TCP IPv4 100 9.8Ki 10.0 0 ", "{text}");
-        assert_eq!(words("10.0.0.1:80"), "10.0.0.1:80 serving 75.0 7.3Ki 7.5 0 ", "{text}");
-        assert_eq!(words("10.0.0.2:80"), "10.0.0.2:80 draining 25.0 2.4Ki 2.5 0 ", "{text}");
+        assert_eq!(words("shop/web "), "shop/web 80/TCP IPv4 100 9.8Ki 10.0 5.0 0 ", "{text}");
+        assert_eq!(words("10.0.0.1:80"), "10.0.0.1:80 serving 75.0 7.3Ki 7.5 4.0 0 ", "{text}");
+        assert_eq!(words("10.0.0.2:80"), "10.0.0.2:80 draining 25.0 2.4Ki 2.5 1.5 0 ", "{text}");
         assert_eq!(words("no_backend_reset"), "no_backend_reset shop/gone 2.0 15 ", "{text}");
         assert!(text.contains("Backends of shop/web:80"), "{text}");
         assert!(text.contains("q quit"), "{text}");
+    }
+
+    #[test]
+    fn every_figure_has_its_column_in_80() {
+        let text = drawn_at(80, &screen(Order::Bytes));
+        for name in ["PACKETS/S", "BYTES/S", "CONNS/S", "FAILED/S", "RESETS/S"] {
+            assert_eq!(text.matches(name).count(), 2, "{name} of services and backends: {text}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A case: the content of the maps, a packet, and the expected outcome of both.
 
-use sluice_common::Reason;
 use sluice_common::abi::{Affinity, DatagramPorts, Event, Flow, state};
+use sluice_common::{Failure, Reason};
 
 use super::frame::Frame;
 use super::world::{Affinities, Datagrams, Exhausted, Flows, UNSAID, World};
@@ -71,6 +71,8 @@ pub(crate) struct Outcome {
     /// At most one element. `None` in an expectation: kernel and host must agree, whatever they
     /// count.
     pub(crate) counted: Option<Vec<Counted>>,
+    /// The failure that was counted at a backend, if any.
+    pub(crate) failed: Vec<(u32, Failure)>,
     /// Events sent to listeners, without their times. `None` in every expectation: kernel and host
     /// must agree.
     pub(crate) events: Option<Vec<Event>>,
@@ -171,6 +173,7 @@ impl Draft {
             end,
             frame: frame.bytes(),
             counted: Some(Vec::new()),
+            failed: Vec::new(),
             events: None,
             flows: world.flows.clone(),
             embryonic: world.embryonic.clone(),
@@ -263,6 +266,12 @@ impl Case {
         self
     }
 
+    /// Expects the failure of its flow to begin to be counted, too.
+    pub(crate) fn failed(mut self, backend: u32, failure: Failure) -> Self {
+        self.expected.failed = vec![(backend, failure)];
+        self
+    }
+
     /// Expects exactly these entries in `flows`.
     pub(crate) fn flows(mut self, flows: impl IntoIterator<Item = Flows>) -> Self {
         self.expected.flows = flows.into_iter().flatten().collect();
@@ -319,6 +328,7 @@ impl Case {
                 case.expected.end =
                     if case.program == Program::Xdp { End::XdpPass } else { End::Next };
                 case.expected.counted = None;
+                case.expected.failed = Vec::new();
                 case.expected.flows = case.world.flows.clone();
                 case.expected.embryonic = case.world.embryonic.clone();
                 case.expected.affinity = case.world.affinity.clone();

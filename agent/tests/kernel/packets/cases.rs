@@ -7,6 +7,7 @@ mod broken;
 mod claim;
 mod clash;
 mod classes;
+mod failures;
 mod forged;
 mod fragments;
 mod hairpin;
@@ -63,6 +64,7 @@ fn table() -> Table {
     shapes::add(&mut table);
     broken::add(&mut table);
     icmp::add(&mut table);
+    failures::add(&mut table);
     hairpin::add(&mut table);
     host::add(&mut table);
     clash::add(&mut table);

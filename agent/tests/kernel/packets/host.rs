@@ -28,7 +28,7 @@ use sluice_common::path::fragment;
 use sluice_common::path::policy::{self, is_foreign, is_within};
 use sluice_common::path::{self, Decision, Hook, Step, partner_key, walk_ports};
 use sluice_common::tables::Routes;
-use sluice_common::{Packet, Reason, Tables, V4, V6};
+use sluice_common::{Failure, Packet, Reason, Tables, V4, V6};
 
 use super::case::{Case, Counted, End, Outcome, Program};
 use super::convert::{
@@ -66,6 +66,7 @@ struct Memory<F: Ip> {
     fragments: BTreeMap<Datagram<F::Address>, DatagramPorts>,
     imported: BTreeMap<Tuple<F::Address>, u32>,
     marks: u32,
+    failed: Vec<(u32, Failure)>,
 }
 
 impl<F: Ip> Memory<F> {
@@ -104,6 +105,7 @@ impl<F: Ip> Memory<F> {
             fragments: datagrams::<F>(world, now),
             imported: imported::<F>(world),
             marks: world.marks,
+            failed: Vec::new(),
             world: world.clone(),
         }
     }
@@ -164,6 +166,10 @@ impl<F: Ip> FlowTable<F> for Memory<F> {
 
     fn set_marks(&mut self, bits: u32) {
         self.marks |= bits;
+    }
+
+    fn count_failure(&mut self, backend: u32, failure: Failure) {
+        self.failed.push((backend, failure));
     }
 }
 
@@ -655,6 +661,7 @@ fn untouched(case: &Case) -> Outcome {
         end: if case.program == Program::Xdp { End::XdpPass } else { End::Next },
         frame: case.input.clone(),
         counted: Some(Vec::new()),
+        failed: Vec::new(),
         events: Some(Vec::new()),
         flows: case.world.flows.clone(),
         embryonic: case.world.embryonic.clone(),
@@ -696,6 +703,7 @@ fn run_family<F: Ip>(case: &Case, packet: Bytes<Vec<u8>>, offset: u32, now: Tick
         end,
         frame: run.host.packet.bytes,
         counted: Some(run.counted.into_iter().collect()),
+        failed: memory.failed,
         events: Some(run.event.into_iter().collect()),
         flows: told::<F>(memory.flows, now),
         embryonic: told::<F>(memory.embryonic, now),

@@ -19,12 +19,12 @@ use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::nsid::{NsidAttribute, NsidMessage};
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, BackendCounters, COUNTER_V6, Datagram, DatagramPorts, Device,
-    Event, Flow, Listening, NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey,
+    Event, FailureKey, Flow, Listening, NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey,
     RejectBucket, RejectKey, RouteMtu, Service, ServiceKey, ServicePort, Settings, SlotBlock,
     SourceRange, TICK_SHIFT, Ticks, Tuple,
 };
 use sluice_common::family::lane;
-use sluice_common::{Reason, V4, V6};
+use sluice_common::{Failure, Reason, V4, V6};
 use sluice_lab::skipped;
 
 use super::case::{Case, Counted, End, Outcome, Program};
@@ -475,6 +475,7 @@ impl Kernel {
             "slots",
             "names",
             "backend_counts",
+            "failure_counts",
             "reason_counts",
         ] {
             let _ = loader.map_max_entries(map, SMALL);
@@ -605,7 +606,7 @@ impl Kernel {
             }
         };
         let outcome = self.run_filled(case, since);
-        let _ = self.counted()?;
+        let _ = (self.counted()?, self.failed()?);
         match &outcome {
             // The next case may find them unchanged.
             Ok(Some(Outcome {
@@ -665,12 +666,13 @@ impl Kernel {
         let mut fragments = read_datagrams::<V4>(&mut self.ebpf, now)?;
         fragments.extend(read_datagrams::<V6>(&mut self.ebpf, now)?);
         let Raw(marks) = array::<u32>(&mut self.ebpf, "marks")?.get(&0, 0)?;
-        let counted = Some(self.counted()?);
+        let (counted, failed) = (Some(self.counted()?), self.failed()?);
         let events = Some(self.events()?);
         Ok(Some(Outcome {
             end,
             frame,
             counted,
+            failed,
             events,
             flows,
             embryonic,
@@ -772,6 +774,21 @@ impl Kernel {
         self.fill(world, now)?;
         self.filled = Some((world.clone(), now));
         Ok(())
+    }
+
+    /// Returns the failures that were counted since the last call.
+    fn failed(&mut self) -> Result<Vec<(u32, Failure)>> {
+        let mut map = hash::<FailureKey, u64>(&mut self.ebpf, "failure_counts")?;
+        let all: Vec<(Raw<FailureKey>, Raw<u64>)> = map.iter().collect::<Result<_, _>>()?;
+        let mut failed = Vec::new();
+        for (Raw(key), Raw(count)) in all {
+            map.remove(&Raw(key))?;
+            let failure = Failure::from_number(key.failure)
+                .with_context(|| format!("no failure {}", key.failure))?;
+            ensure!(count == 1, "one packet was {count} failures");
+            failed.push((key.backend & !COUNTER_V6, failure));
+        }
+        Ok(failed)
     }
 
     /// Returns the counters that have changed since the last call.

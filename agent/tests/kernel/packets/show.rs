@@ -46,6 +46,7 @@ fn result(input: &[u8], outcome: &Outcome) -> String {
         End::Next | End::Redirect | End::XdpPass => packet(&outcome.frame),
     };
     let mut notes: Vec<String> = outcome.counted.iter().flatten().map(counted).collect();
+    notes.extend(outcome.failed.iter().map(|(_, failure)| format!("fails: {}", failure.as_str())));
     if outcome.end == End::Redirect {
         notes.push("redirected".to_owned());
     }
@@ -199,6 +200,9 @@ pub(crate) fn difference(who: &str, actual: &Outcome, expected: &Outcome) -> Str
     };
     if actual.end != expected.end {
         line(format!("{who}: ends {:?} instead of {:?}", actual.end, expected.end));
+    }
+    if actual.failed != expected.failed {
+        line(format!("{who}: failures {:?} instead of {:?}", actual.failed, expected.failed));
     }
     if expected.counted.is_some() && actual.counted != expected.counted {
         line(format!("{who}: counted {:?} instead of {:?}", actual.counted, expected.counted));

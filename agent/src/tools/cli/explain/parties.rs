@@ -281,7 +281,7 @@ impl Directory<'_> {
             |pod: &Pod| pod.node.clone().filter(|node| !self.node.is_empty() && node != self.node);
         if let Some(pod) = pod {
             match (from, away(pod)) {
-                (Client::Pod, Some(node)) | (Client::Host, Some(node)) => bail!(
+                (Client::Pod | Client::Host, Some(node)) => bail!(
                     "{client} is pod {} of node {node}, whose own maps decide about its packets: \
                      ask there (with --manifests: --node {node})",
                     pod.name

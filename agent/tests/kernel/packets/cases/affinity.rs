@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use sluice_common::abi::{Affinity, AffinityKey, Range, backend, flow, frontend, state};
 use sluice_common::maglev;
 use sluice_common::path::mark;
-use sluice_common::{Reason, V4, V6};
+use sluice_common::{Failure, Reason, V4, V6};
 
 use super::Table;
 use super::clash::of_host;
@@ -273,15 +273,19 @@ fn recorded_when_proven(table: &mut Table, cast: &Cast) {
         ] {
             let frame = Frame::tcp(other.backend, cast.client, flags, &[]);
             let world = with(Affinities::new()).embryonic(other.both());
-            table.add(
-                cast.case(format!("affinity, a backend that {what} proves nothing"))
-                    .world(&world)
-                    .tc_egress(EDGE)
-                    .sends(&frame)
-                    .becomes(&frame.clone().from(cast.frontend))
-                    .reply(other.id)
-                    .embryonic([after.both()]),
-            );
+            let case = cast
+                .case(format!("affinity, a backend that {what} proves nothing"))
+                .world(&world)
+                .tc_egress(EDGE)
+                .sends(&frame)
+                .becomes(&frame.clone().from(cast.frontend))
+                .reply(other.id)
+                .embryonic([after.both()]);
+            table.add(if what == "refuses" {
+                case.failed(other.id, Failure::Refused)
+            } else {
+                case
+            });
         }
     }
 }

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use sluice_common::abi::{ADDRESS_WORDS, device_flags, flow, listing, state};
 use sluice_common::family::lane;
 use sluice_common::path::{STREAM_TICKS, mark};
-use sluice_common::{Reason, V4, V6};
+use sluice_common::{Failure, Reason, V4, V6};
 
 use super::Table;
 use super::clash::tried;
@@ -283,7 +283,9 @@ fn leaves_behind(case: Case, before: &Connection, what: &str, of: &str) -> Case 
         ("RST" | "RST and ACK", "a live flow") => {
             case.flows([]).embryonic([proven.state(state::ESTABLISHED | state::RESET_REPLY).both()])
         }
-        ("RST" | "RST and ACK", _) => case.embryonic([seen.state(state::RESET_REPLY).both()]),
+        ("RST" | "RST and ACK", _) => case
+            .embryonic([seen.state(state::RESET_REPLY).both()])
+            .failed(seen.id, Failure::Refused),
         ("FIN and ACK", "a live flow") => case.flows([closing.both()]),
         ("FIN and ACK", _) => case.embryonic([]).flows([closing.both()]),
         ("SYN and ACK", "a flow that nothing has proven") => {

@@ -1,5 +1,6 @@
 //! Packets along a flow, from the first to the last.
 
+use sluice_common::Failure;
 use sluice_common::abi::{Range, backend, frontend, listing, state};
 use sluice_common::path::RENEW_TICKS;
 
@@ -527,6 +528,7 @@ fn refusals(table: &mut Table, cast: &Cast) {
             .sends(&frame)
             .becomes(&frame.clone().from(cast.frontend))
             .reply(ONE)
+            .failed(ONE, Failure::Refused)
             .embryonic([connection.state(state::RESET_REPLY).both()]),
     );
 }
