@@ -58,12 +58,7 @@ const SERVING: &[Screen] = &[
         runs: Runs::Picture(24, Duration::from_millis(2_500)),
         stays: Stays::Nothing,
     },
-    Screen {
-        args: "trace",
-        about: "Events as they happen.",
-        runs: Runs::Lines(Duration::from_millis(2_500)),
-        stays: Stays::Nothing,
-    },
+    answer("trace --count 6", "Events as they happen.", Stays::Nothing),
     answer("diff", "What the sources ask for beside what the maps hold.", Stays::Lines),
     answer("validate ./new.yaml", "Objects that would be refused or are wrong.", Stays::Lines),
     answer("plan -f ./new.yaml", "The frontends that a change would change.", Stays::Lines),
@@ -125,7 +120,7 @@ fn keep_calling(client: &sluice_lab::Namespace) -> Result<Running> {
 fn draw(cluster: &Cluster) -> Result<String> {
     let mut text = String::from(
         "# Screens\n\nEvery command on a terminal of 80 columns, on a node with three Services: \
-         `default/web` is\nserved by three pods, the only endpoint of `shop/cart` refuses, and \
+         `default/web` is\nserved by two pods, the only endpoint of `shop/cart` refuses, and \
          `shop/empty` has none. A pod\ncalls each of them five times a second.\n\nThis page is \
          made by `cargo xtask screens`, and a test compares it with what the commands show.\n",
     );

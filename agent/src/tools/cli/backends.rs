@@ -10,14 +10,14 @@ use crate::tools::api::{Backend, backends};
 impl Item for Backend {
     const COLUMNS: &'static [Column] = &[
         cut("SERVICE"),
-        cut("BACKEND"),
+        whole("BACKEND"),
         whole("STATE"),
         whole("SHARE"),
         whole("OPENED"),
         whole("FAILED"),
-        whole("RESETS"),
-        whole("IN"),
-        whole("OUT"),
+        wide("RESETS"),
+        wide("IN"),
+        wide("OUT"),
         wide("POD"),
         wide("NODE"),
         wide("PROTO"),

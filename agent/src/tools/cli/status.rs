@@ -145,7 +145,7 @@ fn reasons(view: &View) -> anyhow::Result<Vec<ReasonView>> {
 }
 
 fn text(overview: &Overview, now: u64, style: Style) -> String {
-    let mut text = Text { text: String::new(), style };
+    let mut text = Text { text: String::new(), style, lines: Table::new(&[whole(""), prose("")]) };
     let last = overview.last.as_ref();
     text.line("Node", last.map_or("unknown", |status| &status.node));
     text.line("Ready", if overview.ready { "yes" } else { "no" });
@@ -165,6 +165,7 @@ fn text(overview: &Overview, now: u64, style: Style) -> String {
         "Holds",
         &format!("{frontends} frontends, {service_ports} service ports, {backends} backends"),
     );
+    text.end_lines();
     text.section("Devices", &overview.devices, devices_table);
     text.section("Reasons", &overview.reasons, reasons_table);
     text.section("Maps", &overview.maps, maps_table);
@@ -193,12 +194,18 @@ fn agent(agent: &AgentView, last: Option<&Status>) -> String {
 struct Text {
     text: String,
     style: Style,
+    /// The lines above all sections.
+    lines: Table,
 }
 
 impl Text {
     fn line(&mut self, head: &str, body: &str) {
-        // Writing to a string cannot fail.
-        let _ = writeln!(self.text, "{:<12}{body}", format!("{head}:"));
+        self.lines.row([format!("{head}:"), body.to_owned()]);
+    }
+
+    /// Adds the lines, wrapped at words.
+    fn end_lines(&mut self) {
+        self.text += &self.lines.text(Style { headers: false, ..self.style });
     }
 
     /// Adds where objects come from, and the policies for traffic.

@@ -104,24 +104,20 @@ fn watch(
 /// Returns the screen as tables.
 fn text(screen: &Screen, style: Style) -> String {
     let mut services = Table::new(&[
-        cut("NAMESPACE"),
-        cut("NAME"),
+        cut("SERVICE"),
         whole("PORT"),
-        whole("PROTO"),
         whole("FAMILY"),
-        whole("PACKETS/S"),
-        whole("BYTES/S"),
-        whole("CONNS/S"),
-        whole("FAILED/S"),
-        whole("RESETS/S"),
+        whole("PKT/S"),
+        whole("BYTE/S"),
+        whole("CONN/S"),
+        whole("FAIL/S"),
+        whole("RST/S"),
     ]);
     let change = screen.change();
     for ((name, family), rates) in change.services.iter().take(ROWS) {
         services.row([
-            name.namespace.clone(),
-            name.service.clone(),
-            name.port.to_string(),
-            name.protocol.clone(),
+            format!("{}/{}", name.namespace, name.service),
+            format!("{}/{}", name.port, name.protocol),
             format!("IPv{family}"),
             number(rates.packets),
             bytes(rates.bytes),

@@ -26,8 +26,6 @@ pub(crate) enum Runs {
     ToItsEnd,
     /// It shows a picture of this many rows that changes, and is stopped after a time.
     Picture(u16, Duration),
-    /// It writes lines, and is stopped after a time.
-    Lines(Duration),
 }
 
 /// Runs a command on a terminal of 80 columns, and returns what stands on it at last.
@@ -49,7 +47,7 @@ pub(crate) fn screen(mut command: Command, runs: Runs) -> Result<String> {
     let output = read_all(controller);
     let stopped = match runs {
         Runs::ToItsEnd => None,
-        Runs::Picture(_, time) | Runs::Lines(time) => Some(time),
+        Runs::Picture(_, time) => Some(time),
     };
     let size = |length| NonZero::new(length).context("a screen of no size");
     let mut parser = vt100::Parser::new(size(rows)?, size(COLUMNS)?, 0);
