@@ -56,12 +56,13 @@ impl Host {
         self.sockets.contains_key(&ends) || self.asking.contains_key(&ends)
     }
 
-    /// Returns the connections that it has accepted from an address and port.
-    pub fn accepted(&self, number: u8, from: SocketAddr) -> impl Iterator<Item = u32> {
+    /// Returns the connections that it has accepted from an address and port, and whether each is
+    /// open.
+    pub fn accepted(&self, number: u8, from: SocketAddr) -> impl Iterator<Item = (u32, bool)> {
         let sockets = self.sockets.iter().filter(move |((protocol, _, remote), socket)| {
             *protocol == number && *remote == from && !socket.is_client
         });
-        sockets.map(|(_, socket)| socket.number)
+        sockets.map(|(_, socket)| (socket.number, socket.end.state() != State::Answered))
     }
 
     /// Reports whether one of its sockets keeps the tuple of a new flow from it.

@@ -51,8 +51,8 @@ const STATUS_PERIOD: Duration = Duration::from_secs(1);
 const RELOAD_PERIOD: Duration = Duration::from_secs(5);
 /// The interval at which the agent looks for IPsec policies, if packets may go around the stack.
 const IPSEC_PERIOD: Duration = Duration::from_secs(1);
-/// How often the next of the maps is compared with what it should hold: 15 of them within 27 s. With
-/// 250 000 endpoints they take 72 ms of a core, 0.27 % of it.
+/// The interval at which the next of the maps is compared with what it should hold: 15 of them
+/// within 27 s. With 250 000 endpoints they take 72 ms of a core, 0.27 % of it.
 const AUDIT_PERIOD: Duration = Duration::from_millis(1_800);
 /// The settings of the node are compared at each of so many ticks of the audit.
 const SETTINGS_AUDIT: u32 = 5;

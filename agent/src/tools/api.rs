@@ -2,8 +2,8 @@
 //! it next.
 //!
 //! A list is `{"apiVersion", "kind", "items"}`, anything else `{"apiVersion", "kind", ...}`. Fields
-//! are added, and neither renamed nor removed, while [`VERSION`] stays. [`schema()`] describes all of
-//! it; `docs/schema.json` is that.
+//! are added, and neither renamed nor removed, while [`VERSION`] stays. [`schema()`] describes all
+//! of it; `docs/schema.json` is that.
 
 mod backends;
 mod flows;

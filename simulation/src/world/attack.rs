@@ -78,15 +78,16 @@ impl World<'_> {
                 Claim::ClientToEndpoint => (client, endpoint?),
                 Claim::EndpointToClient => (endpoint?, client),
             };
-            Some((number, source, destination, connection.connect.client))
+            Some((number, source, destination, connection.connect.client, connection.is_open))
         });
-        let Some((number, source, destination, client)) = ends else { return };
+        let Some((number, source, destination, client, is_open)) = ends else { return };
         if self.is_neighbour(from, source.ip()) {
             return;
         }
         if claim == Claim::ClientToFrontend
             && (flags != tcp::SYN && self.setting.masquerade != masquerade::NEEDED
-                || cluster::is_process(client) && cluster::place(from).is_some())
+                || cluster::is_process(client) && cluster::place(from).is_some()
+                || !is_open)
             && let Some(connection) = self.connections.borrow_mut().get_mut(&connection)
         {
             connection.lost |= lost::TAKEN;
@@ -109,17 +110,19 @@ impl World<'_> {
     }
 
     /// Records that a forged packet may take over what its source has at endpoints whose sockets
-    /// are not looked up: those behind a bridge, all of SCTP's, and for what does not open a
-    /// connection all others, since the socket there may be the flow's own.
+    /// are not looked up: those behind a bridge, all of SCTP's, handshakes under way, and for what
+    /// does not open a connection all others, since the socket there may be the flow's own.
     fn take_unseen(&self, number: u8, source: SocketAddr, opens: bool) {
         let hosts = self.hosts.borrow();
-        let unseen = hosts.iter().enumerate().filter(|(host, _)| {
-            let node = cluster::place(*host).map(|(node, _)| node);
-            !opens
+        let mut taken = Vec::new();
+        for (host, sockets) in hosts.iter().enumerate() {
+            let node = cluster::place(host).map(|(node, _)| node);
+            let is_unseen = !opens
                 || number == protocol::SCTP
-                || node.is_some_and(|node| self.setting.bridged[node])
-        });
-        let taken: Vec<u32> = unseen.flat_map(|(_, host)| host.accepted(number, source)).collect();
+                || node.is_some_and(|node| self.setting.bridged[node]);
+            let accepted = sockets.accepted(number, source);
+            taken.extend(accepted.filter(|(_, is_open)| is_unseen || !is_open).map(|(it, _)| it));
+        }
         let mut connections = self.connections.borrow_mut();
         for number in taken {
             if let Some(connection) = connections.get_mut(&number) {
