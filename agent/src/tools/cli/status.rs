@@ -145,7 +145,8 @@ fn reasons(view: &View) -> anyhow::Result<Vec<ReasonView>> {
 }
 
 fn text(overview: &Overview, now: u64, style: Style) -> String {
-    let mut text = Text { text: String::new(), style, lines: Table::new(&[whole(""), prose("")]) };
+    let mut text =
+        Text { written: String::new(), style, lines: Table::new(&[whole(""), prose("")]) };
     let last = overview.last.as_ref();
     text.line("Node", last.map_or("unknown", |status| &status.node));
     text.line("Ready", if overview.ready { "yes" } else { "no" });
@@ -171,7 +172,7 @@ fn text(overview: &Overview, now: u64, style: Style) -> String {
     text.section("Maps", &overview.maps, maps_table);
     let reports = last.map_or(&[][..], |status| status.reports.as_slice());
     text.section("Problems", reports, |reports| problems_table(reports, now));
-    text.text
+    text.written
 }
 
 /// Describes the agent's process.
@@ -192,7 +193,7 @@ fn agent(agent: &AgentView, last: Option<&Status>) -> String {
 
 /// The text of a status, as it grows.
 struct Text {
-    text: String,
+    written: String,
     style: Style,
     /// The lines above all sections.
     lines: Table,
@@ -205,7 +206,7 @@ impl Text {
 
     /// Adds the lines, wrapped at words.
     fn end_lines(&mut self) {
-        self.text += &self.lines.text(Style { headers: false, ..self.style });
+        self.written += &self.lines.text(Style { headers: false, ..self.style });
     }
 
     /// Adds where objects come from, and the policies for traffic.
@@ -285,7 +286,7 @@ impl Text {
     fn section<T>(&mut self, title: &str, rows: &[T], table: impl FnOnce(&[T]) -> Table) {
         let body = if rows.is_empty() { "none\n".to_owned() } else { table(rows).text(self.style) };
         // Writing to a string cannot fail.
-        let _ = write!(self.text, "\n{title}\n{body}");
+        let _ = write!(self.written, "\n{title}\n{body}");
     }
 }
 

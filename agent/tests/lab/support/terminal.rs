@@ -58,7 +58,7 @@ pub(crate) fn screen(mut command: Command, runs: Runs) -> Result<String> {
         let _ = child.wait()?;
         return Ok(text);
     }
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_mins(1);
     while child.try_wait()?.is_none() {
         if Instant::now() > deadline {
             child.kill().context("cannot stop the command")?;
