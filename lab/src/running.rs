@@ -14,6 +14,8 @@ use crate::event::{Event, Reply};
 use crate::shared::Shared;
 
 const POLL: Duration = Duration::from_millis(5);
+/// The time that a process has to end by itself. Other tests may keep the processors busy.
+const GRACE: Duration = Duration::from_secs(10);
 
 /// A started process, leader of its own group. Dropping this kills the group, unless the lab is
 /// kept.
@@ -216,10 +218,10 @@ impl Running {
         Ok(())
     }
 
-    /// Sends it SIGTERM, and kills its group after three seconds.
+    /// Sends it SIGTERM, and kills its group if it has not ended after ten seconds.
     pub fn stop(&mut self) -> Result<ExitStatus> {
         self.signal(libc::SIGTERM)?;
-        if let Ok(status) = self.wait(Duration::from_secs(3)) {
+        if let Ok(status) = self.wait(GRACE) {
             return Ok(status);
         }
         self.kill()

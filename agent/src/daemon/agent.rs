@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
-use sluice_common::abi::Settings;
+use sluice_common::abi::{Settings, phase};
 use sluice_core::cluster::{Cluster, Programmed};
 use sluice_core::model::{self, Event, Model, SourceId};
 use sluice_core::policy::Accelerate;
@@ -445,7 +445,9 @@ impl Agent {
             return if self.status.ready { Next::Update } else { Next::Wait };
         }
         self.audits += 1;
-        if self.audits.is_multiple_of(SETTINGS_AUDIT) {
+        // A proxy that the node is handed to, or taken from, sets its own.
+        let is_alone = self.settings.phase & phase::MASK == phase::SERVE;
+        if is_alone && self.audits.is_multiple_of(SETTINGS_AUDIT) {
             let found = tokio::task::block_in_place(|| self.node_settings.audit());
             self.drift.report(Part::Settings, found);
         }

@@ -137,9 +137,16 @@ impl Attacher {
         let pins = restored.into_iter().map(|(map, what, repair)| Found::new(map, what, repair));
         self.drift.report(Part::Pins, pins.collect());
         self.drift.report(Part::Devices, self.audit_entries());
+        // What fails is retried, and not examined meanwhile.
+        let is_whole = (self.cgroup.is_none() || self.cgroup_attached)
+            && self.devices.values().all(|attached| attached.attached.errors.is_empty());
         let mut hooks = self.audit_devices();
         hooks.extend(self.audit_cgroup());
-        self.drift.report(Part::Hooks, hooks);
+        if is_whole {
+            self.drift.report(Part::Hooks, hooks);
+        } else {
+            self.drift.add(Part::Hooks, hooks);
+        }
     }
 
     fn audit_entries(&self) -> Vec<Found> {

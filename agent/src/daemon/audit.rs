@@ -139,15 +139,25 @@ impl Drift {
     /// Takes in everything that one pass over a part has found, also if that is nothing.
     pub(crate) fn report(&self, part: Part, found: Vec<Found>) {
         let mut places = self.places();
-        let mut is_changed = false;
-        for (_, place) in gone(&places, part, &found) {
-            is_changed = true;
+        let gone = gone(&places, part, &found);
+        for (_, place) in &gone {
             if let Some(known) = places.get_mut(&(part, place.clone())) {
                 known.failure = None;
                 tracing::info!(what = part.word(), place, "no longer: drift that is not repaired");
             }
         }
-        for Found { place, what, failure } in found {
+        drop(places);
+        if !gone.is_empty() {
+            self.changed.send_replace(());
+        }
+        self.add(part, found);
+    }
+
+    /// Takes in what a pass has found that left something out: other places stay as they are.
+    pub(crate) fn add(&self, part: Part, found: Vec<Found>) {
+        let mut places = self.places();
+        let mut is_changed = false;
+        for Found { place, what, failure } in merged(found) {
             let known = places.entry((part, place.clone())).or_insert_with(|| Known {
                 what: String::new(),
                 times: 0,
@@ -180,10 +190,11 @@ impl Drift {
         }
     }
 
-    /// Returns what could not be repaired, as text for people.
+    /// Returns what could not be repaired and keeps the node from serving, as text for people.
     pub(crate) fn unrepaired(&self) -> Vec<String> {
         let text = |((part, place), known): (&(Part, String), &Known)| {
-            let failure = known.failure.as_ref()?;
+            // No setting keeps an agent from being ready when it starts.
+            let failure = known.failure.as_ref().filter(|_| *part != Part::Settings)?;
             Some(format!(
                 "the repair of {} {place}: {}, and that cannot be repaired: {failure}",
                 part.word(),
@@ -238,6 +249,23 @@ impl Drift {
                 .or_insert_with(|| format!("{} {place}: {}; {end}", part.word(), known.what));
         }
     }
+}
+
+/// Returns one finding for each place. What could not be repaired counts before what was.
+fn merged(found: Vec<Found>) -> impl Iterator<Item = Found> {
+    let mut places: BTreeMap<String, Found> = BTreeMap::new();
+    for found in found {
+        match places.get_mut(&found.place) {
+            None => {
+                let _ = places.insert(found.place.clone(), found);
+            }
+            Some(first) => {
+                first.what = format!("{}; {}", first.what, found.what);
+                first.failure = first.failure.take().or(found.failure);
+            }
+        }
+    }
+    places.into_values()
 }
 
 /// Returns the places of a part that could not be repaired before and are well now.
@@ -350,6 +378,22 @@ mod tests {
         drift.report(Part::Pins, vec![found("slots", Some("read-only file system"))]);
         drift.report(Part::Pins, Vec::new());
         assert_eq!((count(&drift, "pin"), drift.unrepaired()), (2, Vec::new()));
+    }
+
+    #[test]
+    fn two_findings_at_one_place_are_one_and_a_failure_outweighs_a_repair() {
+        let drift = drift();
+        for _ in 0..2 {
+            let both = [found("sluice0", Some("read-only")), found("sluice0", None)];
+            drift.report(Part::OwnDevice, both.into());
+            assert_eq!((count(&drift, "device"), drift.unrepaired().len()), (1, 1));
+        }
+        // A pass that leaves places out ends nothing.
+        drift.add(Part::OwnDevice, Vec::new());
+        assert_eq!(drift.unrepaired().len(), 1);
+        // A setting is repaired or not, and the node serves.
+        drift.report(Part::Settings, vec![found("conntrack", Some("read-only"))]);
+        assert_eq!(drift.unrepaired().len(), 1);
     }
 
     #[test]

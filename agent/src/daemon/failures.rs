@@ -20,6 +20,11 @@ use crate::node::view::PortName;
 
 pub(crate) use self::failing::Failing;
 
+/// The most service ports that are watched at once. Beyond these, failures are only counted: a
+/// client that may reach nothing makes all Services fail, and is to blame alone.
+const WATCHED_MAX: usize = 256;
+/// The most Services that are reported as failing.
+const REPORTED_MAX: usize = 32;
 /// How often the flows are looked at.
 const PERIOD: Duration = Duration::from_secs(5);
 /// A flow is unanswered when its SYN was sent so many ticks ago. A client has then sent a second
@@ -87,6 +92,9 @@ impl Watches {
             let _ = wanted.entry(*port).or_insert(family);
         }
         for (port, family) in wanted {
+            if self.ports.len() >= WATCHED_MAX && !self.ports.contains_key(&port) {
+                continue;
+            }
             let backends = maps.selected(port).into_iter().map(|id| id | family);
             let attempts = maps.attempts(backends)?;
             let counted = attempts.into_iter().map(|(backend, attempts)| {
@@ -107,8 +115,13 @@ impl Watches {
         let mut services = FailingServices::new();
         for (port, watch) in &self.ports {
             if let (Some(failing), Some(name)) = (&watch.failing, maps.service_port_name(*port)?) {
-                // A Service of both families is told of once.
-                let _ = services.entry(PortName::from(&name)).or_insert(failing.clone());
+                let name = PortName::from(&name);
+                // A datagram that needs no answer has reached its endpoint all the same.
+                if name.protocol == "UDP" || services.len() >= REPORTED_MAX {
+                    continue;
+                }
+                // A Service of both families is reported once.
+                let _ = services.entry(name).or_insert(failing.clone());
             }
         }
         Ok(services)

@@ -84,11 +84,13 @@ struct State {
     waiting_for: Vec<String>,
 }
 
-/// Whether all sources have failed for so long that nothing which has changed since is known.
+/// Whether all sources have failed, and answered nothing at all, for so long that nothing which has
+/// changed since is known.
 fn are_deaf(sources: &[Health], now: SystemTime) -> bool {
+    let is_long_ago = |at: SystemTime| now.duration_since(at).is_ok_and(|lasted| lasted >= DEAF);
     let has_failed = |source: &Health| {
-        let since = source.failure.as_ref().map(|(_, since)| *since);
-        since.is_some_and(|since| now.duration_since(since).is_ok_and(|lasted| lasted >= DEAF))
+        source.failure.as_ref().is_some_and(|(_, since)| is_long_ago(*since))
+            && source.answered.is_none_or(is_long_ago)
     };
     !sources.is_empty() && sources.iter().all(has_failed)
 }
@@ -460,7 +462,10 @@ mod tests {
         assert_eq!([&well, &minutes, &hour].map(alone), [false, false, true]);
         assert!(!are_deaf(&[hour.clone(), well], now), "one is enough");
         assert!(!are_deaf(&[hour.clone(), minutes], now));
-        assert!(are_deaf(&[hour.clone(), hour], now));
+        assert!(are_deaf(&[hour.clone(), hour.clone()], now));
+        // Only one kind of objects has failed for so long.
+        let answers = Health { answered: Some(now - Duration::from_mins(1)), ..hour };
+        assert!(!alone(&answers));
     }
 
     #[test]

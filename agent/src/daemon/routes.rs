@@ -6,6 +6,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use tokio::sync::watch;
 
 use crate::daemon::audit::{Drift, Found, Part};
@@ -127,7 +128,8 @@ pub(super) async fn route_vips(
             result = own.keep(&now, &place).await;
             let lost = lost_routes(&mut own, &result);
             // With the device all its routes are gone, and a failure lasts until it is overcome.
-            if !matches!(made, Ok(true)) && (result.is_ok() || !lost.is_empty()) {
+            let has_device = survey.devices.contains_key(&*device.index.borrow());
+            if has_device && !matches!(made, Ok(true)) && (result.is_ok() || !lost.is_empty()) {
                 drift.report(Part::Routes, lost);
             }
         }
@@ -159,14 +161,27 @@ pub(super) async fn route_vips(
     }
 }
 
-/// Returns the routes that were there, were wanted, and were gone all the same.
+/// Returns the routes that were there, were wanted, and were gone all the same, as one finding for
+/// each family: with a device that goes down go all its routes.
 fn lost_routes(own: &mut OwnRoutes, kept: &io::Result<()>) -> Vec<Found> {
-    let found = |network| Found {
-        place: format!("{network} by {OWN}"),
-        what: "the route is gone or another one".to_owned(),
-        failure: kept.as_ref().err().map(ToString::to_string),
+    let (v4, v6): (Vec<_>, Vec<_>) =
+        own.take_lost().into_iter().partition(|network| network.addr().is_ipv4());
+    let found = |(family, lost): (&str, Vec<IpNet>)| {
+        let what = match &lost[..] {
+            [] => return None,
+            [one] => format!("the route to {one} is gone or another one"),
+            [first, more @ ..] => format!(
+                "the route to {first} is gone or another one, and so are {} more",
+                more.len()
+            ),
+        };
+        Some(Found {
+            place: format!("{family} by {OWN}"),
+            what,
+            failure: kept.as_ref().err().map(ToString::to_string),
+        })
     };
-    own.take_lost().into_iter().map(found).collect()
+    [("IPv4", v4), ("IPv6", v6)].into_iter().filter_map(found).collect()
 }
 
 /// Compares the maps of routes' MTUs with what they should hold; the next write repairs them.

@@ -136,8 +136,9 @@ impl SideTasks {
     /// Waits until the failures of health checks, or the Services that nobody reaches, change.
     pub(super) async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
         tokio::select! {
-            changed = self.failures.changed() => changed,
-            changed = self.failing.changed() => changed,
+            Ok(()) = self.failures.changed() => Ok(()),
+            Ok(()) = self.failing.changed() => Ok(()),
+            else => self.failures.changed().await,
         }
     }
 

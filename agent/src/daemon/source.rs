@@ -39,6 +39,11 @@ impl Pulse {
         health.failure.take().is_some()
     }
 
+    /// Records that something was answered although something else still fails.
+    fn answered(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).answered = Some(SystemTime::now());
+    }
+
     /// Records an error. The time of the first one stays.
     fn failed(&self, why: String) {
         let mut health = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -259,8 +259,17 @@ impl Recorder {
     fn record(&self) -> io::Result<Record> {
         let path = self.file();
         match read_any(&path)? {
-            Some(text) => serde_json::from_str(&text).map_err(|error| {
-                explained("read", &path, &io::Error::new(io::ErrorKind::InvalidData, error))
+            Some(text) => serde_json::from_str(&text).or_else(|error| {
+                // What was there before is not known any more, and the node is to be served.
+                let aside = self.folder.join(format!("{FILE}.invalid"));
+                tracing::warn!(
+                    "{} is no record of settings: {error}; it is kept as {}, and settings that \
+                     were changed before are not put back",
+                    path.display(),
+                    aside.display()
+                );
+                fs::rename(&path, &aside).map_err(|error| explained("rename", &path, &error))?;
+                Ok(Record::default())
             }),
             None => self.record_before(),
         }

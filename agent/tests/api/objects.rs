@@ -55,7 +55,7 @@ fn nothing_is_programmed_before_all_lists_are_in() {
     agent.restart().expect("started");
     wait_for("a list of Services, and none of slices", START, || {
         let log = agent.log();
-        if log.contains("watching EndpointSlice failed") { Ok(()) } else { Err(log) }
+        if log.contains("watching EndpointSlice at the API server") { Ok(()) } else { Err(log) }
     });
     std::thread::sleep(std::time::Duration::from_millis(300));
     assert_eq!(programmed(&node, "first").map(|all| all.len()), Ok(2), "{}", agent.log());

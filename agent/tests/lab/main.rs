@@ -46,5 +46,6 @@ mod stack_neighbours;
 mod stack_ports;
 mod stack_uplinks;
 mod support;
+mod troubleshooting;
 mod upgrade;
 mod xdp;

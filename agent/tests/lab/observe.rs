@@ -369,13 +369,13 @@ fn top_shows_rates_once_and_live() -> Result<()> {
     ensure!(once.wait(SOON)?.success(), "{}", once.stderr());
     let text = once.stdout();
     println!("{text}");
-    let row = |port: &str, proto: &str| {
+    let row = |port: &str| {
         let rows = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-        rows.into_iter().find(|row| row.get(1..5) == Some(&["web", port, proto, "IPv4"][..]))
+        rows.into_iter().find(|row| row.get(..3) == Some(&["default/web", port, "IPv4"][..]))
     };
-    for (port, proto) in [("80", "TCP"), ("53", "UDP")] {
-        let row = row(port, proto).with_context(|| format!("no row of {port}"))?;
-        ensure!(row[5] != "0" && row[6] != "0" && row[7] != "0", "{row:?}");
+    for port in ["80/TCP", "53/UDP"] {
+        let row = row(port).with_context(|| format!("no row of {port}"))?;
+        ensure!(row[3] != "0" && row[4] != "0" && row[5] != "0", "{row:?}");
     }
     ensure!(text.contains("socket_refused   default/empty"), "{text}");
 

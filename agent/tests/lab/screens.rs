@@ -43,14 +43,17 @@ const fn answer(args: &'static str, about: &'static str, stays: Stays) -> Screen
 
 /// The screens while the agent serves, in the order of the page.
 const SERVING: &[Screen] = &[
-    answer("status", "The state of the node.", Stays::Lines),
-    answer("services", "Services, with their counters.", Stays::Lines),
-    answer("services -o wide", "The same, with all columns.", Stays::Head),
-    answer("backends", "Backends, with their counters.", Stays::Lines),
+    answer("status", "The state of the node.", Stays::Head),
+    answer("services", "Services, with their counters.", Stays::Head),
+    answer("backends", "Backends, with their counters.", Stays::Head),
     answer("flows --limit 6", "The flows in the maps, the most recently used first.", Stays::Head),
-    answer("explain {client} svc/web:http", "A packet to a Service that answers.", Stays::Head),
-    answer("explain {client} svc/shop/cart", "One whose endpoint refuses.", Stays::Head),
-    answer("explain {client} svc/shop/empty", "One without endpoints.", Stays::Head),
+    answer(
+        "explain {client}:40000 svc/web:http",
+        "A packet to a Service that answers.",
+        Stays::Head,
+    ),
+    answer("explain {client}:40000 svc/shop/cart", "One whose endpoint refuses.", Stays::Head),
+    answer("explain {client}:40000 svc/shop/empty", "One without endpoints.", Stays::Head),
     answer("top --once", "Rates, as one table.", Stays::Head),
     Screen {
         args: "top",
@@ -59,7 +62,7 @@ const SERVING: &[Screen] = &[
         stays: Stays::Nothing,
     },
     answer("trace --count 6", "Events as they happen.", Stays::Nothing),
-    answer("diff", "What the sources ask for beside what the maps hold.", Stays::Lines),
+    answer("diff", "What the sources ask for beside what the maps hold.", Stays::Nothing),
     answer("validate ./new.yaml", "Objects that would be refused or are wrong.", Stays::Lines),
     answer("plan -f ./new.yaml", "The frontends that a change would change.", Stays::Lines),
     answer("preflight", "What this machine can do.", Stays::Nothing),
@@ -124,9 +127,12 @@ fn draw(cluster: &Cluster) -> Result<String> {
          `shop/empty` has none. A pod\ncalls each of them five times a second.\n\nThis page is \
          made by `cargo xtask screens`, and a test compares it with what the commands show.\n",
     );
+    // The name of a kernel that somebody built for himself says nothing to others.
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     for Screen { args, about, runs, .. } in SERVING {
         let (args, command) = sluice(cluster, args)?;
         let shown = screen(command, *runs).with_context(|| format!("sluice {args}"))?;
+        let shown = shown.replace(release.trim(), "6.18");
         write!(text, "\n## `sluice {args}`\n\n{about}\n\n```text\n{shown}```\n")?;
     }
     Ok(text)

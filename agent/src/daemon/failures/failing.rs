@@ -131,7 +131,7 @@ fn message(
     endpoint: impl Fn(u32) -> Option<SocketAddr>,
 ) -> String {
     let mut text = format!(
-        "none of {} attempts in {} s has reached an endpoint: ",
+        "none of {} attempts through this node in {} s has reached an endpoint: ",
         change.failed(),
         span.as_secs()
     );
@@ -148,7 +148,8 @@ fn message(
         // Writing to a string cannot fail.
         let _ = write!(text, " and {more} more");
     }
-    text + "; compare targetPort with the port that the endpoints listen on"
+    text + "; compare targetPort with the port that the endpoints listen on, and the policies of \
+            client and endpoints"
 }
 
 #[cfg(test)]

@@ -261,7 +261,9 @@ impl Watch {
     /// Takes in that a request has succeeded.
     fn on_success(&mut self, kind: Kind) -> Vec<Change> {
         let is_over = self.outage.succeeded(kind);
-        if !self.outage.is_failing() {
+        if self.outage.is_failing() {
+            self.pulse.answered();
+        } else {
             let _ = self.pulse.succeeded();
         }
         if is_over {

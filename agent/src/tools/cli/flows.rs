@@ -11,11 +11,11 @@ use crate::tools::api::{Flow, flows};
 
 impl Item for Flow {
     const COLUMNS: &'static [Column] = &[
-        whole("PROTO"),
-        cut("CLIENT"),
-        cut("VIP"),
-        cut("BACKEND"),
-        cut("SERVICE"),
+        wide("PROTO"),
+        whole("CLIENT"),
+        whole("VIP"),
+        whole("BACKEND"),
+        wide("SERVICE"),
         cut("STATE"),
         whole("IDLE"),
         wide("SEEN AS"),

@@ -202,6 +202,8 @@ pub(crate) fn entries<F: Ip>(
                 _ if state & (state::GUESS | state::ANSWERED) != 0 => replied,
                 world::UNSAID if state & state::ESTABLISHED == 0 => 0,
                 world::UNSAID => now.wrapping_sub(seen),
+                // Tick 0 means that the endpoint of an unproven flow was never heard.
+                age if state & state::ESTABLISHED == 0 => now.wrapping_sub(age).max(1),
                 age => now.wrapping_sub(age),
             },
             generation,
