@@ -246,6 +246,9 @@ pub(crate) fn told<F: Ip>(
                 _ if state & (state::GUESS | state::ANSWERED) != 0 => replied,
                 // The endpoint of a proven flow was heard at some tick, whichever it was.
                 0 if state & state::ESTABLISHED == 0 => world::UNSAID,
+                // Heard a tick after the maps were filled. The difference would say "never", and
+                // the maps would look unchanged.
+                tick if now.wrapping_sub(tick) == world::UNSAID => 0,
                 tick => now.wrapping_sub(tick),
             },
             generation,
