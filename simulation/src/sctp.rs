@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 pub use sluice_common::packet::header::sctp::*;
 
 use crate::packet::Segment;
-use crate::tcp::{Happened, RETRY_MAX_US, RETRY_US, State, TRIES};
+use crate::tcp::{Happened, State, Tries};
 
 /// Carries bytes.
 pub const DATA: u8 = 0;
@@ -171,7 +171,7 @@ pub struct Association {
     expected: u32,
     under_way: Option<Outgoing>,
     waiting: VecDeque<Vec<u8>>,
-    tries: u32,
+    tries: Tries,
     /// Number of packets sent, by which a timer recognises its chunk.
     pub sent: u32,
     is_closing: bool,
@@ -224,7 +224,7 @@ impl Association {
             expected: peer_tag,
             under_way: None,
             waiting: VecDeque::new(),
-            tries: 0,
+            tries: Tries::default(),
             sent: 0,
             is_closing: false,
             is_peer_closing: false,
@@ -275,7 +275,7 @@ impl Association {
 
     fn start(&mut self, kind: u8, number: u32, data: Vec<u8>, out: &mut Vec<Segment>) {
         self.under_way = Some(Outgoing { kind, number, data });
-        self.tries = 0;
+        self.tries = Tries::default();
         self.transmit(out);
     }
 
@@ -296,7 +296,7 @@ impl Association {
 
     fn transmit(&mut self, out: &mut Vec<Segment>) {
         let Some(Outgoing { kind, number, data }) = &self.under_way else { return };
-        self.tries += 1;
+        self.tries.add();
         self.sent += 1;
         let chunk = Chunk::new(self.peer_tag, *kind, *number);
         out.push(Segment::sctp(self.local, self.remote, chunk, data.clone()));
@@ -305,13 +305,13 @@ impl Association {
     /// Returns the microseconds until the chunk under way is retransmitted.
     #[must_use]
     pub fn patience(&self) -> u64 {
-        (RETRY_US << self.tries.saturating_sub(1).min(10)).min(RETRY_MAX_US)
+        self.tries.patience()
     }
 
     /// Retransmits the chunk under way, whose acknowledgment is overdue.
     pub fn retry(&mut self, out: &mut Vec<Segment>) -> Option<Happened> {
         let _ = self.under_way.as_ref()?;
-        if self.tries >= TRIES {
+        if self.tries.are_over() {
             self.end();
             return Some(Happened::GivenUp);
         }

@@ -7,11 +7,32 @@ use std::net::SocketAddr;
 use crate::packet::{Segment, tcp};
 
 /// Number of times a segment is sent before the connection is given up.
-pub const TRIES: u32 = 12;
+const TRIES: u32 = 12;
 /// Microseconds until the first retransmission: doubled each time...
-pub const RETRY_US: u64 = 500_000;
+const RETRY_US: u64 = 500_000;
 /// ...up to this.
-pub const RETRY_MAX_US: u64 = 8_000_000;
+const RETRY_MAX_US: u64 = 8_000_000;
+
+/// The number of times that the segment or chunk under way was sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tries(u32);
+
+impl Tries {
+    /// Counts one more.
+    pub(crate) fn add(&mut self) {
+        self.0 += 1;
+    }
+
+    /// Returns the microseconds until the next one.
+    pub(crate) fn patience(self) -> u64 {
+        (RETRY_US << self.0.saturating_sub(1).min(10)).min(RETRY_MAX_US)
+    }
+
+    /// Whether there is no other.
+    pub(crate) fn are_over(self) -> bool {
+        self.0 >= TRIES
+    }
+}
 /// Distance from the next number up to which a reset is challenged.
 const WINDOW: u32 = 65_535;
 
@@ -74,7 +95,7 @@ pub struct Connection {
     unacknowledged: u32,
     under_way: Option<Outgoing>,
     waiting: VecDeque<Outgoing>,
-    tries: u32,
+    tries: Tries,
     /// Number of segments sent, by which a timer recognises its segment.
     pub sent: u32,
     peer_closed: bool,
@@ -121,7 +142,7 @@ impl Connection {
             unacknowledged,
             under_way: None,
             waiting: VecDeque::new(),
-            tries: 0,
+            tries: Tries::default(),
             sent: 0,
             peer_closed: false,
             closing: false,
@@ -197,13 +218,13 @@ impl Connection {
             return;
         }
         self.under_way = self.waiting.pop_front();
-        self.tries = 0;
+        self.tries = Tries::default();
         self.transmit(out);
     }
 
     fn transmit(&mut self, out: &mut Vec<Segment>) {
         let Some(outgoing) = &self.under_way else { return };
-        self.tries += 1;
+        self.tries.add();
         self.sent += 1;
         let acknowledges = outgoing.flags & tcp::ACK != 0;
         out.push(Segment {
@@ -221,13 +242,13 @@ impl Connection {
     /// Returns the microseconds until the segment under way is retransmitted.
     #[must_use]
     pub fn patience(&self) -> u64 {
-        (RETRY_US << self.tries.saturating_sub(1).min(10)).min(RETRY_MAX_US)
+        self.tries.patience()
     }
 
     /// Retransmits the segment under way, whose acknowledgment is overdue.
     pub fn retry(&mut self, out: &mut Vec<Segment>) -> Option<Happened> {
         let _ = self.under_way.as_ref()?;
-        if self.tries >= TRIES {
+        if self.tries.are_over() {
             self.end();
             return Some(Happened::GivenUp);
         }
