@@ -29,7 +29,7 @@ fn nothing_is_programmed_before_all_lists_are_in() {
         (["services"].as_slice(), ["services", "endpointslices", "nodes"].as_slice());
     cluster.plane.give_rights(NEWCOMER, services).expect("rights");
     let mut agent = cluster.start_agent(&node, NEWCOMER, &[]);
-    wait_for("the refusal in the status", START, || {
+    let is_refused = || {
         let status = status(&node);
         let problem = status.pointer("/last/sources/0/problem").and_then(Value::as_str);
         if problem.is_some_and(|problem| problem.contains("EndpointSlice")) {
@@ -37,7 +37,8 @@ fn nothing_is_programmed_before_all_lists_are_in() {
         } else {
             Err(status.to_string())
         }
-    });
+    };
+    wait_for("the refusal in the status", START, is_refused);
     let before = status(&node);
     assert_eq!(before.pointer("/ready"), Some(&json!(false)), "{before}");
     assert_eq!(before.pointer("/last/sources/0/synced"), Some(&json!(false)), "{before}");
@@ -53,10 +54,7 @@ fn nothing_is_programmed_before_all_lists_are_in() {
     cluster.plane.give_rights(NEWCOMER, services).expect("rights");
     space.delete("services", "lone");
     agent.restart().expect("started");
-    wait_for("a list of Services, and none of slices", START, || {
-        let log = agent.log();
-        if log.contains("watching EndpointSlice at the API server") { Ok(()) } else { Err(log) }
-    });
+    wait_for("a list of Services, and none of slices", START, is_refused);
     std::thread::sleep(std::time::Duration::from_millis(300));
     assert_eq!(programmed(&node, "first").map(|all| all.len()), Ok(2), "{}", agent.log());
     cluster.plane.give_rights(NEWCOMER, all).expect("rights");

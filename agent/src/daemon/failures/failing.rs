@@ -188,8 +188,9 @@ mod tests {
         let (watch, _) = watched(&[(9, 1), (9, 3), (9, 5), (9, 6)]);
         assert_eq!(
             watch.failing.map(|failing| failing.message).unwrap_or_default(),
-            "none of 5 attempts in 15 s has reached an endpoint: 10.0.0.7:8088 (5 refused); \
-             compare targetPort with the port that the endpoints listen on"
+            "none of 5 attempts through this node in 15 s has reached an endpoint: 10.0.0.7:8088 (5 refused); \
+             compare targetPort with the port that the endpoints listen on, and the policies of \
+             client and endpoints"
         );
     }
 
